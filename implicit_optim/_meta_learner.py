@@ -1,0 +1,182 @@
+"""Any model, meta-trained: a module that adapts to tasks and is differentiable in its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from implicit_optim._implicit import OnSolve
+from implicit_optim._meta_gradient import Implicit, MetaGradient
+from implicit_optim._objective import Objective
+from implicit_optim._proximal import Proximal, proximal
+from implicit_optim._solver import Solver
+
+Episode = tuple[Any, ...]
+
+
+class MetaLearner(nn.Module):
+    r"""A model whose parameters are meta-parameters: it adapts to T tasks at once.
+
+    ``phi_i = argmin_phi Lhat_i(phi) + lam/2 ||phi - theta||^2``, and ``forward`` returns the query
+    losses ``L_i(phi_i)``, differentiable in theta and in a learned lam. It is no trainer: any
+    optimizer, scheduler, checkpoint or launcher takes it like any other module.
+
+    Parameters with ``requires_grad=False`` do not adapt and are shared by all tasks as they are; tied
+    parameters adapt once.
+
+    Args:
+        model: the module; ``model(x)`` gives the output of one task's ``x [N, ...]``. It is held, not
+            copied, and never changed by adapting.
+        loss: ``(output, target) -> scalar``, for support and query.
+        solver: the inner solver, e.g. ``gd(lr=0.1, max_steps=16)``.
+        lam: proximal strength > 0: a number, a tensor, a dict by parameter name, or a
+            [`Proximal`][implicit_optim.Proximal], which can be learned.
+        meta_gradient: how phi becomes a function of theta. Default: ``Implicit(CG(max_steps=5))``.
+        on_solve: called as ``on_solve(name, solution)`` after every solve, name ``"minimize"`` or
+            ``"linear_solve"``: for logging what happened.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: lam is not > 0 or does not name every trainable parameter; the model has no
+            trainable parameter.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> meta = iopt.MetaLearner(
+        ...     torch.nn.Linear(3, 1),
+        ...     torch.nn.functional.mse_loss,
+        ...     solver=iopt.gd(lr=0.1, max_steps=16),
+        ...     lam=2.0,
+        ... )
+        >>> support = query = (torch.ones(4, 5, 3), torch.ones(4, 5, 1))
+        >>> meta(support, query).shape
+        torch.Size([4])
+
+    Source: Rajeswaran et al. 2019, Eq. 4 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        solver: Solver,
+        lam: float | Tensor | Mapping[str, Any] | Proximal = 1.0,
+        meta_gradient: MetaGradient | None = None,
+        on_solve: OnSolve | None = None,
+    ) -> None:
+        super().__init__()
+        meta_gradient = Implicit() if meta_gradient is None else meta_gradient
+        _check_kinds(model, solver, meta_gradient)
+        self.model = model
+        self.proximal = lam if isinstance(lam, Proximal) else Proximal(lam)
+        self.solver = solver
+        self.meta_gradient = meta_gradient
+        self.on_solve = on_solve
+        self.objective = Objective(self._call, loss, proximal)
+        anchor = self.anchor()
+        if not anchor:
+            raise ValueError(
+                "model has no trainable parameter: nothing can adapt; set requires_grad=True on some"
+            )
+        first = next(iter(anchor.values()))
+        self.proximal.to(device=first.device, dtype=first.dtype)
+        self.proximal.check(anchor)
+
+    def anchor(self) -> dict[str, Tensor]:
+        """The meta-parameters that adapt, by name: theta."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def forward(self, support: Episode, query: Episode) -> Float[Tensor, " T"]:
+        """Query loss of each task after adaptation.
+
+        Args:
+            support: ``(x [T, N, ...], y [T, N, ...])``, or more inputs before the target.
+            query: the same form, other examples of the same tasks.
+
+        Returns:
+            The losses ``[T]``; ``losses.mean().backward()`` leaves the meta-gradient. A task in
+            which NaN or inf appeared has loss NaN.
+
+        Raises:
+            ValueError: shapes do not fit, or the model would change its running statistics.
+        """
+        tasks, asked = _count_tasks("support", support), _count_tasks("query", query)
+        if tasks != asked:
+            raise ValueError(
+                f"support has {tasks} tasks but query has {asked}: they belong together"
+            )
+        phi = self.adapt(support)
+        return torch.func.vmap(self.objective.fit)(phi, *query)
+
+    def adapt(self, support: Episode) -> dict[str, Tensor]:
+        """Adapted parameters by name, ``[T, *shape]``; no graph is kept under ``torch.no_grad()``.
+
+        Args:
+            support: ``(x [T, N, ...], y [T, N, ...])``.
+
+        Returns:
+            phi: one set of parameters a task.
+        """
+        _count_tasks("support", support)
+        _check_statistics(self.model)
+        theta = (self.anchor(), self.proximal())
+        return self.meta_gradient.adapt(
+            self.objective, theta, tuple(support), self.solver, self.on_solve
+        )
+
+    def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
+        """The model's outputs under adapted parameters.
+
+        Args:
+            phi: from [`adapt`][implicit_optim.MetaLearner.adapt], ``[T, *shape]``.
+            *inputs: the model's inputs, ``[T, N, ...]``.
+
+        Returns:
+            Outputs ``[T, N, ...]``.
+        """
+        return torch.func.vmap(self._call)(phi, *inputs)
+
+    def _call(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
+        return functional_call(self.model, phi, inputs)
+
+
+def _count_tasks(name: str, episode: Episode) -> int:
+    if not isinstance(episode, (tuple, list)) or len(episode) < 2:
+        raise ValueError(f"{name} must be a tuple (x [T, N, ...], y [T, N, ...])")
+    shapes = [tuple(t.shape) for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
+        raise ValueError(
+            f"{name} must hold tensors that lead with the same number of tasks T >= 1, got the shapes "
+            f"{shapes}; for a single task add a dimension: x.unsqueeze(0)"
+        )
+    return shapes[0][0]
+
+
+def _check_kinds(model: Any, solver: Any, meta_gradient: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
+        )
+    if not isinstance(meta_gradient, MetaGradient):
+        raise TypeError(
+            f"meta_gradient must be Implicit(...) or FirstOrder(), got {meta_gradient!r}"
+        )
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                f"{name or 'model'} ({type(module).__name__}) would update its running statistics while "
+                "it adapts, mixing the tasks: build it with track_running_stats=False to use batch "
+                "statistics, or call .eval() on it to freeze the running ones"
+            )

@@ -1,0 +1,114 @@
+"""The one loop that runs every inner solver: counting, masks, finiteness, status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicit_optim._batch import none_left, where
+from implicit_optim._objective import InnerObjective, InnerProblem
+from implicit_optim._solution import Solution, Status
+from implicit_optim._solver import Solver
+
+
+def minimize(
+    objective: InnerObjective,
+    init: Any,
+    theta: Any,
+    *data: Any,
+    solver: Solver,
+    batch_ndim: int = 0,
+) -> Solution:
+    r"""Minimise one objective per task, ``phi*(theta) = argmin_phi F(phi, theta, *data)``.
+
+    No graph is kept: make the solution a function of theta afterwards, with
+    [`attach`][implicit_optim.attach]. ``init`` is where the solver starts, not the anchor of a
+    proximal term; the solution does not depend on it.
+
+    Args:
+        objective: ``F(phi, theta, *data) -> scalar`` of one task, a function or an
+            [`Objective`][implicit_optim.Objective].
+        init: start, a tensor or pytree of tensors ``[*batch, *shape]``.
+        theta: tensor or pytree that all tasks share.
+        *data: pytrees of tensors ``[*batch, ...]``.
+        solver: ``gd``, ``agd``, ``newton_cg`` or ``from_torch(...)``.
+        batch_ndim: how many leading dimensions of init and data count tasks.
+
+    Returns:
+        A [`Solution`][implicit_optim.Solution]: value like ``init``; ``stats`` has ``steps`` (int32)
+        and ``grad_norm``, the norm of the last gradient evaluated, at the value itself if
+        ``tol > 0``, else one step before it.
+
+    Raises:
+        TypeError: the solver is none, or the objective cannot be called.
+        ValueError: shapes do not fit, or the objective returns no scalar.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> F = lambda phi, theta, a: (a * phi**2).sum() / 2 - (theta * phi).sum()
+        >>> solution = iopt.minimize(
+        ...     F,
+        ...     torch.zeros(3, 2),
+        ...     torch.ones(2),
+        ...     torch.tensor([1.0, 2.0, 4.0]),
+        ...     solver=iopt.newton_cg(tol=1e-5),
+        ...     batch_ndim=1,
+        ... )
+        >>> solution.value[:, 0].tolist(), solution.stats["steps"].tolist()
+        ([1.0, 0.5, 0.25], [1, 1, 1])
+
+    Source: Rajeswaran et al. 2019, Eq. 4 and algorithm 2, line 2.
+    """
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
+        )
+    detach = lambda t: t.detach() if isinstance(t, Tensor) else t  # noqa: E731
+    init, theta, data = pytree.tree_map(detach, (init, theta, data))
+    with torch.no_grad():
+        problem = InnerProblem.bind(objective, init, theta, *data, batch_ndim=batch_ndim)
+        value, status, stats = run(problem, problem.layout.ravel(init), solver)
+        return Solution(problem.layout.unravel(value), status, stats)
+
+
+def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -> Solution:
+    """The loop itself, on flat vectors and in whatever grad mode it is called.
+
+    A task that is done, that found no step or that met NaN keeps its iterate while the others go on.
+    """
+    running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
+    status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
+    steps = torch.zeros_like(running, dtype=torch.int32)
+    grad_norm = torch.full_like(running, float("nan"), dtype=phi.dtype)
+    state = solver.init(problem, phi)
+
+    def stop(who: Tensor, why: Status) -> None:
+        nonlocal running, status
+        status = torch.where(running & who, why.value, status)
+        running = running & ~who
+
+    for k in range(solver.max_steps + 1):
+        last = k == solver.max_steps
+        if last and solver.tol == 0:
+            break
+        at = solver.evaluate(problem, phi)
+        norm = torch.linalg.vector_norm(at.grad, dim=-1)
+        grad_norm = torch.where(running, norm, grad_norm)
+        stop(~torch.isfinite(norm), Status.NONFINITE)
+        if solver.tol > 0:
+            stop(norm <= solver.tol, Status.SUCCESS)
+            if last or none_left(running):
+                break
+        proposal, state, found = solver.step(problem, phi, at, state)
+        stop(~torch.isfinite(proposal).all(dim=-1), Status.NONFINITE)
+        if found is not None:
+            stop(~found, Status.LINE_SEARCH)
+        phi = where(running, proposal, phi)
+        steps = steps + running
+    if solver.tol > 0:
+        stop(running, Status.MAX_STEPS)
+    return Solution(phi, status.to(torch.int8), {"steps": steps, "grad_norm": grad_norm})

@@ -1,0 +1,249 @@
+"""The inner problem: one task's objective, and its sum over a batch of tasks.
+
+Second derivatives must never be taken outside ``vmap(grad(F))``: through batch, instance and layer
+norm torch then returns wrong numbers without a word. So ``vmap`` goes around the *value* only, and
+everything above differentiates the *sum* over the tasks; the Hessian of the sum is block-diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicit_optim._flat import Layout, keystr
+from implicit_optim._proximal import inverse_proximal, proximal
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One task's inner problem in the structured form that Gauss-Newton needs.
+
+    ``F(phi, theta, *inputs, target) = loss(predict(phi, *inputs), target) + proximal(phi, theta)``
+
+    Args:
+        predict: ``(phi, *inputs) -> output`` of one task.
+        loss: ``(output, target) -> scalar``; convex in the output for Gauss-Newton.
+        proximal: ``(phi, theta) -> scalar``, convex and quadratic in phi, or ``None``.
+        inverse_proximal: ``(r, theta) -> proximal's Hessian^-1 r``: preconditions the linear solves and
+            gives the first-order direction. Filled in for [`proximal`][implicit_optim.proximal].
+
+    Examples:
+        >>> import torch, implicit_optim as iopt, torch.nn.functional as F
+        >>> ridge = iopt.Objective(lambda phi, x: x @ phi, F.mse_loss, iopt.proximal)
+        >>> phi, theta = torch.ones(2), (torch.zeros(2), torch.tensor(1.0))
+        >>> ridge(phi, theta, torch.eye(2), torch.zeros(2)).item()
+        2.0
+
+    Source: Rajeswaran et al. 2019, Eq. 4.
+    """
+
+    predict: Callable[..., Any]
+    loss: Callable[[Any, Any], Tensor]
+    proximal: Callable[[Any, Any], Tensor] | None = None
+    inverse_proximal: Callable[[Any, Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.proximal is proximal and self.inverse_proximal is None:
+            object.__setattr__(self, "inverse_proximal", inverse_proximal)
+
+    def fit(self, phi: Any, *data: Any) -> Tensor:
+        """The data term of one task, ``loss(predict(phi, *inputs), target)``."""
+        *inputs, target = data
+        return self.loss(self.predict(phi, *inputs), target)
+
+    def __call__(self, phi: Any, theta: Any, *data: Any) -> Tensor:
+        """One task's objective, a scalar."""
+        value = self.fit(phi, *data)
+        return value if self.proximal is None else value + self.proximal(phi, theta)
+
+
+InnerObjective = Objective | Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class InnerProblem:
+    """An objective bound to its hyper-parameters and data, as a function of flat ``phi [*batch, n]``.
+
+    Attributes:
+        objective: ``F(phi, theta, *data) -> scalar`` of one task.
+        layout: how phi's pytree lies in the flat vector.
+        theta: pytree of hyper-parameters.
+        data: tuple of pytrees; every tensor carries the batch dimensions.
+        shared: one flag per batch dimension, outermost first: whether theta is the same for all its
+            elements (no such dimension in theta's tensors) or carries the dimension too.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> F = lambda phi, theta, a: (a * phi**2).sum() / 2 - theta * phi.sum()
+        >>> phi, a = torch.ones(4, 3), torch.arange(4.0)
+        >>> problem = iopt.InnerProblem.bind(F, phi, torch.tensor(1.0), a, batch_ndim=1)
+        >>> problem.grad(phi)[:, 0].tolist()
+        [-1.0, 0.0, 1.0, 2.0]
+    """
+
+    objective: InnerObjective
+    layout: Layout
+    theta: Any
+    data: tuple[Any, ...]
+    shared: tuple[bool, ...]
+
+    @classmethod
+    def bind(
+        cls, objective: InnerObjective, phi: Any, theta: Any, *data: Any, batch_ndim: int = 0
+    ) -> InnerProblem:
+        """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
+
+        Raises:
+            TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
+            ValueError: batch dimensions are empty or differ between phi and data.
+        """
+        if not callable(objective):
+            raise TypeError(f"objective must be callable, got {type(objective).__name__}")
+        layout = Layout.of(phi, batch_ndim)
+        first = pytree.tree_leaves(phi)[0]
+        batch = tuple(first.shape[:batch_ndim])
+        if 0 in batch:
+            raise ValueError(f"the batch dimensions {batch} are empty: give at least one task")
+        for path, leaf in pytree.tree_flatten_with_path(data)[0]:
+            if not isinstance(leaf, Tensor):
+                continue
+            if tuple(leaf.shape[:batch_ndim]) != batch:
+                raise ValueError(
+                    f"data{keystr(path)} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} "
+                    f"it must lead with phi's batch dimensions {batch}"
+                )
+            _check_device(f"data{keystr(path)}", leaf, first)
+        for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                _check_device(f"theta{keystr(path)}", leaf, first)
+        return cls(objective, layout, theta, data, (True,) * batch_ndim)
+
+    # -- values and derivatives of the sum over the batch ------------------------------------------
+
+    def values(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The objective of every task."""
+        objective = self.objective
+        return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
+
+    def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
+        """The structured objective's predictions for every task."""
+        predict = self.structured.predict
+        return self._map(lambda p, _, *inputs: predict(p, *inputs), phi, None, self.data[:-1])
+
+    def losses(self, output: Any) -> Float[Tensor, "*batch"]:
+        """The structured objective's loss of every task, given its predictions."""
+        loss = self.structured.loss
+        return self._vmap(lambda o, _, y: _scalar(loss(o, y)), output, None, self.data[-1:])
+
+    def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The structured objective's data term of every task."""
+        fit = self.structured.fit
+        return self._map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
+
+    def proximals(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The structured objective's proximal term of every task."""
+        term = self.structured.proximal
+        if term is None:
+            return phi.new_zeros(phi.shape[:-1])
+        return self._map(lambda *args: _scalar(term(*args)), phi, self.theta, ())
+
+    def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Gradient of every task's objective, from one backward pass through the sum."""
+        return torch.func.grad(lambda p: self.values(p).sum())(phi)
+
+    def grad_and_value(
+        self, phi: Float[Tensor, "*batch n"]
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
+        """Gradient and value of every task's objective."""
+
+        def total(p: Tensor) -> tuple[Tensor, Tensor]:
+            values = self.values(p)
+            return values.sum(), values
+
+        return torch.func.grad(total, has_aux=True)(phi)
+
+    def precondition(self, r: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """``r / lam`` where the objective knows its proximal term, else ``r``."""
+        solve = getattr(self.objective, "inverse_proximal", None)
+        if solve is None:
+            return r
+        ravel = self.layout.ravel
+        return self._vmap(
+            lambda r, theta: ravel(solve(self.layout.unravel(r), theta)), r, self.theta, ()
+        )
+
+    @property
+    def structured(self) -> Objective:
+        """The objective, if it has the structure that Gauss-Newton needs.
+
+        Raises:
+            TypeError: it is a plain function.
+        """
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                "curvature=GaussNewton needs the structure of the objective: pass "
+                "Objective(predict, loss, proximal), or use curvature=Hessian with a plain function"
+            )
+        return self.objective
+
+    def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
+        unravel = self.layout.unravel
+        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
+
+    def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
+        """Map ``one(first, theta, *data)`` over the batch; theta is mapped where it is not shared."""
+        for shared in reversed(self.shared):
+            own_theta = None if shared else _tensor_dims(theta)
+            dims = (_tensor_dims(first), own_theta, *_tensor_dims(data))
+            one = torch.func.vmap(one, in_dims=dims)
+        return one(first, theta, *data)
+
+    # -- tensors in and out, for the autograd.Functions --------------------------------------------
+
+    def tensors(self) -> tuple[list[Any], list[Any]]:
+        """Leaves of data (which carry the batch dimensions) and of theta."""
+        return pytree.tree_leaves(self.data), pytree.tree_leaves(self.theta)
+
+    def with_tensors(self, data: list[Any], theta: list[Any]) -> InnerProblem:
+        """The same problem over other tensors."""
+        return replace(
+            self,
+            data=pytree.tree_unflatten(data, pytree.tree_structure(self.data)),
+            theta=pytree.tree_unflatten(theta, pytree.tree_structure(self.theta)),
+        )
+
+    def select(self, index: tuple[int, ...]) -> InnerProblem:
+        """The problem of one task, without batch dimensions."""
+        if not all(self.shared):
+            raise ValueError("one task can be selected only where all tasks share theta")
+        pick = lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        return replace(self, data=pytree.tree_map(pick, self.data), shared=())
+
+    def add_batch(self, data: list[Any], theta: list[Any], *, shared: bool) -> InnerProblem:
+        """The same problem with one more batch dimension in front, carried by these tensors."""
+        return replace(self.with_tensors(data, theta), shared=(shared, *self.shared))
+
+
+def _tensor_dims(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"objective must return one scalar per task, got {what}: reduce the loss over the examples, "
+            "and set batch_ndim to the number of leading task dimensions of phi and data"
+        )
+    return value
+
+
+def _check_device(name: str, leaf: Tensor, phi: Tensor) -> None:
+    if leaf.device != phi.device:
+        raise ValueError(f"{name} is on {leaf.device} but phi is on {phi.device}: move one of them")

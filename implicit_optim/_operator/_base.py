@@ -1,0 +1,94 @@
+"""Linear operators on flat vectors ``[*batch, n]``: matrices that are never formed.
+
+An operator that depends on tensors is *linearised once a solve*: ``linearize()`` keeps the graph of
+one gradient and pulls every product back through it, about 2 gradients a product instead of 4.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Vector = Float[Tensor, "*batch n"]
+Leaves = list[Any]
+
+
+class Operator(abc.ABC):
+    """A symmetric linear map per task, ``[*batch, n] -> [*batch, n]``.
+
+    Subclasses that are built from tensors implement [`tensors`][implicit_optim.Operator.tensors] and
+    the two ways back, so that [`linear_solve`][implicit_optim.linear_solve] can differentiate and
+    batch through them.
+
+    Source: the shape of the class follows lineax; the products are Pearlmutter's (1994).
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape ``(*batch, n)`` of the vectors that it takes."""
+
+    @abc.abstractmethod
+    def mv(self, x: Vector) -> Vector:
+        """The product ``A x``, differentiable in the operator's tensors and in x."""
+
+    @abc.abstractmethod
+    def tensors(self) -> tuple[Leaves, Leaves]:
+        """Tensors that carry the batch dimensions, and tensors that all tasks share."""
+
+    @abc.abstractmethod
+    def with_tensors(self, own: Leaves, common: Leaves) -> Operator:
+        """The same operator over other tensors."""
+
+    @abc.abstractmethod
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Operator:
+        """The same operator with one more batch dimension in front; ``shared``: not in ``common``."""
+
+    def linearize(self) -> Linearized:
+        """A cheap form for many products at one point; not differentiable in the tensors."""
+        return Linearized(self.mv, self.precondition)
+
+    def precondition(self, r: Vector) -> Vector:
+        """``M^-1 r`` for an easy M close to A: the first-order direction. Default: r itself."""
+        return r
+
+    def as_matrix(self) -> Float[Tensor, "*batch n n"]:
+        """The dense matrix, from n products: for small n, and for tests.
+
+        Returns:
+            ``[*batch, n, n]``.
+        """
+        *batch, n = self.shape
+        linearized = self.linearize()
+        like = self.like()
+        basis = torch.eye(n, dtype=like.dtype, device=like.device)
+        columns = [linearized.mv(e.expand(*batch, n).contiguous()) for e in basis]
+        return torch.stack(columns, dim=-1) if columns else like.new_zeros(*batch, 0, 0)
+
+    def like(self) -> Tensor:
+        """A tensor with the dtype and the device of the operator's vectors."""
+        own, common = self.tensors()
+        return next(t for t in [*own, *common] if isinstance(t, Tensor) and t.is_floating_point())
+
+
+@dataclass(frozen=True, eq=False)
+class Linearized:
+    """An operator at one point with everything that its products share already computed.
+
+    Attributes:
+        mv: the product.
+        precondition: ``M^-1 r``, see [`Operator`][implicit_optim.Operator].
+        gradient: gradient of the objective at the point ``[*batch, n]``, where the operator has one.
+        value: value of the objective at the point ``[*batch]``, where the operator has one.
+    """
+
+    mv: Callable[[Tensor], Tensor]
+    precondition: Callable[[Tensor], Tensor]
+    gradient: Tensor | None = None
+    value: Tensor | None = None

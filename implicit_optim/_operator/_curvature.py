@@ -1,0 +1,136 @@
+"""Curvature matrices of an inner problem: the exact Hessian and Gauss-Newton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicit_optim._objective import InnerProblem
+from implicit_optim._operator._base import Leaves, Linearized, Operator, Vector
+
+
+@dataclass(frozen=True, eq=False)
+class _Curvature(Operator):
+    """What Hessian and Gauss-Newton share: a matrix that belongs to an inner problem at a point."""
+
+    problem: InnerProblem
+    phi: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape ``(*batch, n)``."""
+        return tuple(self.phi.shape)
+
+    def precondition(self, r: Vector) -> Vector:
+        """``r / lam`` where the objective knows its proximal term."""
+        return self.problem.precondition(r)
+
+    def tensors(self) -> tuple[Leaves, Leaves]:
+        """The point and the data; theta."""
+        data, theta = self.problem.tensors()
+        return [self.phi, *data], theta
+
+    def with_tensors(self, own: Leaves, common: Leaves) -> _Curvature:
+        """The same curvature of the same problem over other tensors."""
+        return replace(self, phi=own[0], problem=self.problem.with_tensors(own[1:], common))
+
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> _Curvature:
+        """One more batch dimension in front."""
+        problem = self.problem.add_batch(own[1:], common, shared=shared)
+        return replace(self, phi=own[0], problem=problem)
+
+
+@dataclass(frozen=True, eq=False)
+class Hessian(_Curvature):
+    """Exact Hessian of the inner objective, ``d^2 F / d phi^2``: the default curvature.
+
+    With the proximal term in F this is the paper's ``H + lam I``. On networks it can be indefinite.
+
+    Args:
+        problem: the inner problem.
+        phi: the point, flat ``[*batch, n]``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> phi = torch.tensor([1.0, 2.0])
+        >>> problem = iopt.InnerProblem.bind(lambda phi, theta: (phi**4).sum() / 12, phi, ())
+        >>> iopt.Hessian(problem, phi).as_matrix().tolist()
+        [[1.0, 0.0], [0.0, 4.0]]
+
+    Source: Pearlmutter 1994; Rajeswaran et al. 2019, Lemma 1.
+    """
+
+    def mv(self, x: Vector) -> Vector:
+        """``H x`` by one reverse pass over the gradient."""
+        return self.linearize().mv(x)
+
+    def linearize(self) -> Linearized:
+        """Keep the graph of one gradient; each product is one pull-back through it."""
+        gradient, product, values = _second_order(self.problem.values, self.phi)
+        return Linearized(product, self.precondition, gradient, values)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussNewton(_Curvature):
+    """Generalised Gauss-Newton matrix ``J^T H_out J`` of the data term, plus the proximal Hessian.
+
+    J is the Jacobian of ``predict`` in phi, H_out the Hessian of the loss in the output. For a loss
+    that is convex in the output it is positive definite for every lam > 0, and it equals the Hessian
+    where the model is linear in its parameters or the residual is zero.
+
+    Args:
+        problem: the inner problem; its objective must be an [`Objective`][implicit_optim.Objective].
+        phi: the point, flat ``[*batch, n]``.
+
+    Raises:
+        TypeError: the objective is a plain function, which has no outputs to split at.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> fit = iopt.Objective(lambda phi, x: (x @ phi) ** 2, torch.nn.functional.mse_loss)
+        >>> phi, x, y = torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0]]), torch.tensor([9.0])
+        >>> problem = iopt.InnerProblem.bind(fit, phi, (), x, y)
+        >>> iopt.GaussNewton(problem, phi).as_matrix().tolist()  # the Hessian has -24 in the corner
+        [[8.0, 0.0], [0.0, 0.0]]
+
+    Source: Schraudolph 2002, "Fast curvature matrix-vector products", section 3.
+    """
+
+    def mv(self, x: Vector) -> Vector:
+        """``J^T H_out J x`` plus the proximal product."""
+        return self.linearize().mv(x)
+
+    def linearize(self) -> Linearized:
+        """Keep the graphs of predict, of its transpose, and of the loss gradient."""
+        problem, phi = self.problem, self.phi
+        output, pull = cast(Any, torch.func.vjp(problem.predictions, phi))
+        zero = pytree.tree_map(torch.zeros_like, output)
+        _, push = cast(Any, torch.func.vjp(lambda y: pull(y)[0], zero))  # J x: the transpose of J^T
+        slope, out_hessian, losses = _second_order(problem.losses, output)
+        prox_slope, prox_hessian, terms = _second_order(problem.proximals, phi)
+
+        def mv(x: Tensor) -> Tensor:
+            return pull(out_hessian(push(x)[0]))[0] + prox_hessian(x)
+
+        return Linearized(mv, self.precondition, pull(slope)[0] + prox_slope, losses + terms)
+
+
+def _second_order(
+    values: Callable[[Any], Tensor], x: Any
+) -> tuple[Any, Callable[[Any], Any], Tensor]:
+    """Gradient of ``values(x).sum()``, its Hessian product at x with a kept graph, and the values."""
+
+    def gradient(x: Any) -> tuple[Any, Tensor]:
+        def total(x: Any) -> tuple[Tensor, Tensor]:
+            each = values(x)
+            return each.sum(), each
+
+        return torch.func.grad(total, has_aux=True)(x)
+
+    slope, pull, each = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
+    return slope, lambda direction: pull(direction)[0], each

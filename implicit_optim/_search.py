@@ -1,0 +1,116 @@
+"""Step lengths along a search direction, one per task."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from implicit_optim._batch import none_left
+
+Scalars = Float[Tensor, "*batch"]
+
+
+class Search(abc.ABC):
+    """Chooses the step length t of ``phi + t d``."""
+
+    @abc.abstractmethod
+    def search(
+        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
+    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+        """Find a step per task.
+
+        Args:
+            along: ``t -> F(phi + t d)`` for every task.
+            value: ``F(phi)``, ``[*batch]``.
+            slope: directional derivative ``grad F . d`` at phi, ``[*batch]``, negative.
+
+        Returns:
+            The step lengths ``[*batch]`` (0 where none was found) and whether one was found.
+        """
+
+
+@dataclass(frozen=True)
+class FixedStep(Search):
+    """Always the same step length.
+
+    Args:
+        lr: the step, > 0.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> iopt.FixedStep(0.5).search(lambda t: t, torch.zeros(2), -torch.ones(2))[0].tolist()
+        [0.5, 0.5]
+    """
+
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"Invalid lr: {self.lr}: it must be > 0")
+
+    def search(
+        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
+    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+        """See [`Search.search`][implicit_optim.Search.search]; evaluates nothing."""
+        return torch.full_like(value, self.lr), torch.ones_like(value, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Armijo(Search):
+    """Backtracking until the objective falls by enough.
+
+    The first t of ``lr, lr shrink, lr shrink^2, ...`` with ``F(phi + t d) <= F(phi) + c1 t slope``, up
+    to the rounding of F, so that a Newton step at the minimiser is not refused for its last digit.
+
+    Args:
+        lr: first step tried, > 0; 1 is Newton's.
+        c1: share of the predicted decrease that is demanded, in (0, 1).
+        shrink: factor between two trials, in (0, 1).
+        max_trials: evaluations of the objective before the task gives up.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> along = lambda t: (1 - 4 * t) ** 2  # F = phi^2 at phi = 1, d = -4
+        >>> iopt.Armijo().search(along, torch.tensor([1.0]), torch.tensor([-8.0]))[0].tolist()
+        [0.25]
+
+    Source: Armijo 1966; Nocedal & Wright 2006, algorithm 3.1.
+    """
+
+    lr: float = 1.0
+    c1: float = 1e-4
+    shrink: float = 0.5
+    max_trials: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"Invalid lr: {self.lr}: it must be > 0")
+        if not 0 < self.c1 < 1:
+            raise ValueError(f"Invalid c1: {self.c1}: it must lie in (0, 1)")
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"Invalid shrink: {self.shrink}: it must lie in (0, 1)")
+        if self.max_trials < 1:
+            raise ValueError(f"Invalid max_trials: {self.max_trials}: it must be >= 1")
+
+    def search(
+        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
+    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+        """See [`Search.search`][implicit_optim.Search.search]; one evaluation a trial."""
+        t = torch.full_like(value, self.lr)
+        found = torch.zeros_like(value, dtype=torch.bool)
+        rounding = 10 * torch.finfo(value.dtype).eps * value.abs()
+        for trial in range(self.max_trials):
+            if trial > 0 and none_left(~found):
+                break
+            enough = along(t) <= value + self.c1 * t * slope + rounding
+            t = torch.where(found | enough, t, t * self.shrink)
+            found = found | enough
+        return torch.where(found, t, 0.0), found

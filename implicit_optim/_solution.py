@@ -1,0 +1,91 @@
+"""What a solve leaves behind: a value, a status per task, and the numbers that explain it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int8
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How the solve of one task ended. Zero is success; every other code says what to try.
+
+    A fixed number of steps that was asked for (``tol = 0``, ``rtol = atol = 0``) and done is success.
+
+    Examples:
+        >>> import implicit_optim as iopt
+        >>> iopt.Status.NEGATIVE_CURVATURE.value, iopt.Status(0).name
+        (2, 'SUCCESS')
+        >>> print(iopt.Status.MAX_STEPS.message)
+        the tolerance was not met: allow more max_steps, loosen the tolerance, or precondition
+    """
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    NEGATIVE_CURVATURE = 2
+    LINE_SEARCH = 3
+    NONFINITE = 4
+
+    @property
+    def message(self) -> str:
+        """One sentence on what happened and what to try."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.SUCCESS: "solved to the accuracy asked for",
+    Status.MAX_STEPS: (
+        "the tolerance was not met: allow more max_steps, loosen the tolerance, or precondition"
+    ),
+    Status.NEGATIVE_CURVATURE: (
+        "conjugate gradients met p.Ap <= 0, so the matrix is not positive definite and the best "
+        "iterate so far was kept: try curvature=GaussNewton, another lam (on real networks a smaller "
+        "lam can make the Hessian more definite), a zero-initialised last layer, or more inner steps"
+    ),
+    Status.LINE_SEARCH: (
+        "no step along the search direction lowered the objective: the iterate is as accurate as the "
+        "dtype allows, or the gradient is wrong; try float64 or curvature=GaussNewton"
+    ),
+    Status.NONFINITE: (
+        "NaN or inf appeared: look for it in the task's data and parameters, or lower the inner lr"
+    ),
+}
+
+
+class Solution(NamedTuple):
+    """A solve's result. A ``NamedTuple``, hence a pytree that ``vmap`` and ``compile`` understand.
+
+    Attributes:
+        value: the solution, a tensor or pytree with the batch dimensions ``[*batch, ...]`` leading.
+        status: a [`Status`][implicit_optim.Status] code per task, int8 ``[*batch]``.
+        stats: named tensors ``[*batch]`` such as ``steps``, ``residual_norm`` and ``grad_norm``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> done = iopt.Solution(torch.zeros(2, 3), torch.tensor([0, 2], dtype=torch.int8), {})
+        >>> done.share(iopt.Status.NEGATIVE_CURVATURE).item()
+        0.5
+        >>> print(done.summary())
+        1 of 2 success, 1 negative_curvature: conjugate gradients met p.Ap <= 0, so the matrix is \
+not positive definite and the best iterate so far was kept: try curvature=GaussNewton, another lam \
+(on real networks a smaller lam can make the Hessian more definite), a zero-initialised last layer, \
+or more inner steps
+    """
+
+    value: Any
+    status: Int8[Tensor, "*batch"]
+    stats: dict[str, Tensor]
+
+    def share(self, status: Status) -> Tensor:
+        """Fraction of the tasks that ended with ``status``, a 0-d tensor that stays on the device."""
+        return (self.status == int(status)).to(torch.get_default_dtype()).mean()
+
+    def summary(self) -> str:
+        """How many tasks ended how, and what to try for those that failed."""
+        counts = {s: int((self.status == int(s)).sum()) for s in Status}
+        text = f"{counts.pop(Status.SUCCESS)} of {self.status.numel()} success"
+        failed = [f"{c} {s.name.lower()}: {s.message}" for s, c in counts.items() if c]
+        return ", ".join([text, *failed])

@@ -1,0 +1,9 @@
+"""Inner solvers: pure update rules on ``[*batch, n]``, and how to borrow one from torch.optim."""
+
+from implicit_optim._solver._agd import agd
+from implicit_optim._solver._base import Evaluation, Solver
+from implicit_optim._solver._from_torch import from_torch
+from implicit_optim._solver._gd import gd
+from implicit_optim._solver._newton_cg import newton_cg
+
+__all__ = ["Evaluation", "Solver", "agd", "from_torch", "gd", "newton_cg"]

@@ -1,0 +1,82 @@
+"""What every inner solver is: a rule that says where the next iterate lies."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from implicit_optim._objective import InnerProblem
+from implicit_optim._operator import Linearized
+
+
+class Evaluation(NamedTuple):
+    """What a rule sees at an iterate.
+
+    Attributes:
+        value: objective per task ``[*batch]``.
+        grad: gradient per task ``[*batch, n]``.
+        operator: the curvature, linearised there, for rules that use one.
+    """
+
+    value: Float[Tensor, "*batch"]
+    grad: Float[Tensor, "*batch n"]
+    operator: Linearized | None = None
+
+
+State = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Solver(abc.ABC):
+    """An inner solver's settings and its update rule; the loop is in ``minimize``.
+
+    Attributes:
+        max_steps: most steps, >= 0. With ``tol = 0`` exactly these are taken.
+        tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
+            mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
+    """
+
+    max_steps: int
+    tol: float
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0:
+            raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
+        if not 0 <= self.tol < math.inf:
+            raise ValueError(f"Invalid tol: {self.tol}: it must be finite and >= 0")
+
+    def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
+        """Value and gradient at phi, and whatever else the rule wants from the same pass."""
+        grad, value = problem.grad_and_value(phi)
+        return Evaluation(value, grad)
+
+    def init(self, problem: InnerProblem, phi: Tensor) -> State:
+        """The rule's state: a tuple of tensors ``[*batch, ...]``, or of objects that it owns."""
+        return ()
+
+    @abc.abstractmethod
+    def step(
+        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
+    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"] | None]:
+        """One step for every task.
+
+        Args:
+            problem: the inner problem.
+            phi: iterate ``[*batch, n]``.
+            at: its evaluation.
+            state: the rule's state.
+
+        Returns:
+            The next iterate, the next state, and whether each task found a step (``None``: all did).
+        """
+
+
+def check_lr(lr: float) -> None:
+    """Raise if a learning rate is not a finite number > 0."""
+    if not 0 < lr < math.inf:
+        raise ValueError(f"Invalid lr: {lr}: it must be finite and > 0")

@@ -1,0 +1,7 @@
+"""The inner solvers as ``torch.optim`` classes: thin shells over the rules of ``_solver``."""
+
+from implicit_optim.optim._agd import AGD, NesterovAGD
+from implicit_optim.optim._gd import GD
+from implicit_optim.optim._newton_cg import NewtonCG
+
+__all__ = ["AGD", "GD", "NesterovAGD", "NewtonCG"]
