@@ -1,0 +1,60 @@
+"""Interleaved timing: every contender once a round, medians over the rounds, ratios within a run."""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(contenders, rounds=9, warmup=2):
+    """Median seconds of each callable in `contenders`, a dict by name, run in turn."""
+    seconds = {name: [] for name in contenders}
+    for i in tqdm(range(rounds + warmup), leave=False):
+        for name, run in contenders.items():
+            synchronise()
+            start = time.perf_counter()
+            run()
+            synchronise()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "gpu": gpu,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(name, rows):
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def table(rows):
+    """Rows (dicts with the same keys) as markdown."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
