@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,8 +51,8 @@ class FixedStep(Search):
     lr: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"Invalid lr: {self.lr}: it must be > 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
 
     def search(
         self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
@@ -91,8 +92,8 @@ class Armijo(Search):
     max_trials: int = 10
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"Invalid lr: {self.lr}: it must be > 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
         if not 0 < self.c1 < 1:
             raise ValueError(f"Invalid c1: {self.c1}: it must lie in (0, 1)")
         if not 0 < self.shrink < 1:

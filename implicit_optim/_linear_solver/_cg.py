@@ -27,13 +27,14 @@ class CG(LinearSolver):
       best one over the directions of positive curvature seen, with status ``NEGATIVE_CURVATURE``; the
       others go on. Stopped at its first iteration, or with ``max_steps=0``, it gets the first-order
       direction ``M^-1 b`` (``b / lam`` for a proximal problem), never zero.
+    - SUCCESS under a tolerance means that the true residual meets it, in the dtype of b.
     - NaN or inf in b or in a product give NaN for that task alone, with status ``NONFINITE``.
     - A zero right-hand side gives exactly zero.
 
     Args:
         max_steps: iterations, one product each. Default: ``min(10 n, 1000)``.
         rtol: tolerance relative to ``||b||``. Default: 0 if ``max_steps`` is given, which asks for
-            just these steps and never synchronises with the host; else 1e-6.
+            just these steps and never synchronises with the host; else ``max(1e-6, 100 eps)``.
         atol: absolute tolerance on the residual norm.
         check_every: with a tolerance, how many iterations between two looks whether all tasks are
             done; each look is one host synchronisation.
@@ -84,23 +85,30 @@ class CG(LinearSolver):
         """See [`LinearSolver.solve`][implicit_optim.LinearSolver.solve].
 
         Returns:
-            ``stats``: ``steps`` (products that moved the iterate, int32), ``residual_norm`` and
-            ``rhs_norm`` (of the recurrence, in b's units).
+            ``stats``: ``steps`` (products that moved the iterate, int32), ``rhs_norm = ||b||`` and
+            ``residual_norm``, in b's units: ``||b - A x||`` if there is a tolerance, which costs one
+            more product; else that of the recurrence. For a task that was given the first-order
+            direction it is that of ``x = 0``.
         """
-        n = b.shape[-1]
+        n, eps = b.shape[-1], torch.finfo(b.dtype).eps
         max_steps = min(10 * n, 1000) if self.max_steps is None else self.max_steps
-        rtol = (1e-6 if self.max_steps is None else 0.0) if self.rtol is None else self.rtol
+        default = max(1e-6, 100 * eps) if self.max_steps is None else 0.0
+        rtol = default if self.rtol is None else self.rtol
         fixed = rtol == 0 and self.atol == 0
 
-        rhs_norm = _norm(b)
+        first_order = operator.precondition(b)
+        floor = 0.0 if first_order is b else self.min_curvature
+        scale = _power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
+        b = b / scale.unsqueeze(-1)
+        rhs_norm = residual_norm = _norm(b)
         # Below the rounding of ||b|| the recurrence is noise: a solve cannot be asked for more.
-        target = (max(rtol, torch.finfo(b.dtype).eps) * rhs_norm).clamp(min=self.atol)
+        target = torch.maximum(max(rtol, eps) * rhs_norm, self.atol / scale)
+
+        x, r, z = torch.zeros_like(b), b, operator.precondition(b)
+        p, rz = z, _dot(b, z)
+        p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
+        norm_of_A = torch.zeros_like(rhs_norm)  # a lower bound, for what rounding makes of zero
         nonfinite = ~torch.isfinite(rhs_norm)
-        r, z = b, operator.precondition(b)
-        floor = 0.0 if z is b else self.min_curvature
-        x, p, rz = torch.zeros_like(b), z, _dot(b, z)
-        first_order, p_norm2 = z, rz  # p.Mp, by the recurrence of Steihaug 1983
-        residual_norm = rhs_norm
         running = ~nonfinite & (residual_norm > target)
         indefinite = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int32)
@@ -109,9 +117,11 @@ class CG(LinearSolver):
             if not fixed and k % self.check_every == 0 and none_left(running):
                 break
             Ap = operator.mv(p)
-            curvature = _dot(p, Ap)
+            curvature, p_norm = _dot(p, Ap), _norm(p)
+            norm_of_A = torch.maximum(norm_of_A, torch.where(running, _norm(Ap) / p_norm, 0.0))
+            least = torch.maximum(floor * p_in_M, eps * norm_of_A * p_norm.square())
             nonfinite = nonfinite | (running & ~torch.isfinite(curvature))
-            indefinite = indefinite | (running & (curvature <= floor * p_norm2))
+            indefinite = indefinite | (running & (curvature <= least))
             running = running & ~nonfinite & ~indefinite
             alpha = torch.where(running, rz / curvature, 0.0).unsqueeze(-1)
             x = where(running, x + alpha * p, x)
@@ -121,21 +131,34 @@ class CG(LinearSolver):
             running = running & (residual_norm > target)
             z = operator.precondition(r)
             rz, rz_before = _dot(r, z), rz
-            beta = torch.where(running, rz / rz_before, 0.0).unsqueeze(-1)
-            p = where(running, z + beta * p, p)
-            p_norm2 = rz + beta.squeeze(-1).square() * p_norm2
+            beta = torch.where(running, rz / rz_before, 0.0)
+            p = where(running, z + beta.unsqueeze(-1) * p, p)
+            p_in_M = rz + beta.square() * p_in_M
 
-        solved = residual_norm <= target
-        untouched = (steps == 0) & ~solved
-        x = where(untouched, first_order, x)
+        nonfinite = nonfinite | ~torch.isfinite(residual_norm)
+        stopped_at_once = (steps == 0) & (residual_norm > target)
+        if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
+            true_norm = _norm(b - operator.mv(x))
+            residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
+        x = where(stopped_at_once, first_order, scale.unsqueeze(-1) * x)
         x = where(nonfinite, torch.full_like(x, math.nan), x)
-        status = torch.zeros_like(steps, dtype=torch.int8)
+        status = torch.zeros_like(steps)
         if not fixed:
-            status = torch.where(running, Status.MAX_STEPS.value, status)
+            missed = residual_norm > 1.01 * target
+            status = torch.where(missed, Status.MAX_STEPS.value, status)
         status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, status)
         status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
-        numbers = (steps, residual_norm, rhs_norm)
+        numbers = (steps, scale * residual_norm, scale * rhs_norm)
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
+
+
+def _power_of_two(b: Tensor) -> Tensor:
+    """The power of two just below ``max |b|``, so that dividing by it loses nothing; 1 for zero."""
+    if b.shape[-1] == 0:
+        return b.new_ones(b.shape[:-1])
+    largest = b.abs().amax(dim=-1)
+    usable = (largest > 0) & torch.isfinite(largest)
+    return torch.where(usable, largest, 1.0).log2().floor().exp2()
 
 
 # The dot products of the method stand here alone, so that vectors may one day be sharded.

@@ -55,7 +55,10 @@ class Operator(abc.ABC):
         return Linearized(self.mv, self.precondition)
 
     def precondition(self, r: Vector) -> Vector:
-        """``M^-1 r`` for an easy M close to A: the first-order direction. Default: r itself."""
+        """``M^-1 r`` for the easy part M of ``A = H + M``, its proximal or damping term.
+
+        It preconditions CG and is the first-order direction. Default: r itself, no such part.
+        """
         return r
 
     def as_matrix(self) -> Float[Tensor, "*batch n n"]:

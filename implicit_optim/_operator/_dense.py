@@ -94,9 +94,12 @@ class Damped(Operator):
         )
 
     def precondition(self, r: Vector) -> Vector:
-        """``r / damping`` for a bare matrix, else what A does."""
+        """``r / damping`` for a bare matrix (r where the damping is 0), else what A does."""
         inner = self.operator.precondition(r)
-        return r / self._damping(r) if inner is r else inner
+        if inner is not r:
+            return inner
+        damping = self._damping(r)
+        return r / torch.where(damping == 0, 1.0, damping)
 
     def tensors(self) -> tuple[Leaves, Leaves]:
         """A's tensors and the damping, expanded over the batch."""

@@ -42,7 +42,8 @@ class _FromTorch(Solver):
 
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
         """One optimizer over ``[*batch, n]`` if its rule is elementwise, else one a task."""
-        if is_batched(phi):
+        tensors = [phi, *pytree.tree_leaves(problem.tensors())]
+        if any(isinstance(t, Tensor) and is_batched(t) for t in tensors):
             raise ValueError(
                 "from_torch cannot run under vmap, because torch.optim classes change tensors in place: "
                 "give the batch to minimize as batch_ndim=1, or use gd, agd or newton_cg"
