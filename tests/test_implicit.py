@@ -185,6 +185,10 @@ def test_vmap_of_grad_equals_a_loop():
         rows = [
             [a if d is None else a[i] for a, d in zip(args, dims, strict=True)] for i in range(5)
         ]
+        outside = grad(lambda *a: vmap(loss, in_dims=dims)(*a).sum(), argnums=(0, 1, 2))(*args)  # noqa: B023
+        for k, (together, dim) in enumerate(zip(outside, dims, strict=False)):
+            expected = batched[k] if dim == 0 else batched[k].sum(0)
+            torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-12)
         for k, together in enumerate(batched):
             one_by_one = torch.stack([g(*row)[k] for row in rows])
             torch.testing.assert_close(together, one_by_one, rtol=1e-10, atol=1e-12)
