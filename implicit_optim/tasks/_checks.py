@@ -10,10 +10,11 @@ def check_positive(**counts: int) -> None:
     Raises:
         ValueError: if a count is below 1 or not whole.
 
-    >>> check_positive(ways=5, shots=0)
-    Traceback (most recent call last):
-    ...
-    ValueError: Invalid shots: 0 (give a whole number, 1 or more)
+    Examples:
+        >>> check_positive(ways=5, shots=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: Invalid shots: 0 (give a whole number, 1 or more)
     """
     for name, count in counts.items():
         if count < 1 or count != int(count):

@@ -41,15 +41,19 @@ class Episodes(Stream):
         ValueError: if a count is not positive, `images` has too few dimensions, classes or
             examples, or is neither uint8 nor floating point.
 
-    >>> images = torch.arange(10.0 * 4).reshape(10, 4, 1)  # example m of class c is 4 c + m
-    >>> episodes = Episodes(images, ways=3, shots=1, queries=2, tasks=2, seed=0)
-    >>> (x, y), (query_x, query_y) = episodes.sample()
-    >>> x.shape, query_x.shape
-    (torch.Size([2, 3, 1]), torch.Size([2, 6, 1]))
-    >>> y.tolist(), query_y.tolist()
-    ([[0, 1, 2], [0, 1, 2]], [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]])
-    >>> (x[0, :, 0] // 4).tolist(), (query_x[0, :, 0] // 4).tolist()  # classes of the first task
-    ([7.0, 1.0, 5.0], [7.0, 7.0, 1.0, 1.0, 5.0, 5.0])
+    Examples:
+        >>> images = torch.arange(10.0 * 4).reshape(10, 4, 1)  # example m of class c is 4 c + m
+        >>> episodes = Episodes(images, ways=3, shots=1, queries=2, tasks=2, seed=0)
+        >>> (x, y), (query_x, query_y) = episodes.sample()
+        >>> x.shape, query_x.shape
+        (torch.Size([2, 3, 1]), torch.Size([2, 6, 1]))
+        >>> y.tolist(), query_y.tolist()
+        ([[0, 1, 2], [0, 1, 2]], [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]])
+        >>> (
+        ...     (x[0, :, 0] // 4).tolist(),
+        ...     (query_x[0, :, 0] // 4).tolist(),
+        ... )  # classes of the first task
+        ([7.0, 1.0, 5.0], [7.0, 7.0, 1.0, 1.0, 5.0, 5.0])
 
     Source: Vinyals et al., "Matching Networks for One Shot Learning" (2016), section 4.1.
     """
@@ -129,8 +133,9 @@ def split_classes(
     Raises:
         ValueError: if a size is not positive, or the sizes ask for more classes than there are.
 
-    >>> [part.tolist() for part in split_classes(6, (3, 1, 2), seed=0)]
-    [[2, 5, 3], [0], [1, 4]]
+    Examples:
+        >>> [part.tolist() for part in split_classes(6, (3, 1, 2), seed=0)]
+        [[2, 5, 3], [0], [1, 4]]
     """
     check_positive(classes=classes, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
     total = sum(sizes)
@@ -160,8 +165,9 @@ def rotate_classes(
     Raises:
         ValueError: if the images are not square.
 
-    >>> rotate_classes(torch.tensor([[[[1, 2], [3, 4]]]])).flatten(1).tolist()
-    [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
+    Examples:
+        >>> rotate_classes(torch.tensor([[[[1, 2], [3, 4]]]])).flatten(1).tolist()
+        [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
 
     Source: Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks" (2016), section 4.
     """

@@ -40,13 +40,14 @@ class ConvNet(nn.Module):
     Raises:
         ValueError: if a count is not positive, or pooling leaves nothing of the image.
 
-    >>> import torch
-    >>> net = ConvNet(ways=5)
-    >>> sum(p.numel() for p in net.parameters()), len(list(net.buffers()))
-    (113221, 0)
-    >>> logits = net(torch.rand(10, 1, 28, 28))
-    >>> logits.shape, logits.abs().max().item()
-    (torch.Size([10, 5]), 0.0)
+    Examples:
+        >>> import torch
+        >>> net = ConvNet(ways=5)
+        >>> sum(p.numel() for p in net.parameters()), len(list(net.buffers()))
+        (113221, 0)
+        >>> logits = net(torch.rand(10, 1, 28, 28))
+        >>> logits.shape, logits.abs().max().item()
+        (torch.Size([10, 5]), 0.0)
 
     Source: Rajeswaran et al., "Meta-Learning with Implicit Gradients" (2019), appendix; the blocks
     are those of Vinyals et al., "Matching Networks for One Shot Learning" (2016), section 4.1.
@@ -126,10 +127,11 @@ class MLP(nn.Module):
     Raises:
         ValueError: if a width is not positive.
 
-    >>> import torch
-    >>> net = MLP(1, (40, 40), 1)
-    >>> sum(p.numel() for p in net.parameters()), net(torch.zeros(7, 1)).shape
-    (1761, torch.Size([7, 1]))
+    Examples:
+        >>> import torch
+        >>> net = MLP(1, (40, 40), 1)
+        >>> sum(p.numel() for p in net.parameters()), net(torch.zeros(7, 1)).shape
+        (1761, torch.Size([7, 1]))
 
     Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks"
     (2017), section 5.1 (with ReLU).

@@ -55,19 +55,20 @@ def omniglot(
         ValueError: if `size` is not positive, a file cannot be read as an image, a set is empty,
             or characters differ in their number of drawings.
 
-    >>> from io import BytesIO
-    >>> from tempfile import TemporaryDirectory
-    >>> from zipfile import ZipFile
-    >>> from PIL import Image
-    >>> folder, paper = TemporaryDirectory(), BytesIO()
-    >>> Image.new("1", (105, 105), 1).save(paper, "png")  # a blank sheet
-    >>> for part in ("images_background", "images_evaluation"):
-    ...     with ZipFile(f"{folder.name}/{part}.zip", "w") as file:
-    ...         file.writestr(f"{part}/Greek/character01/0001_01.png", paper.getvalue())
-    >>> images = omniglot(folder.name)
-    >>> folder.cleanup()
-    >>> images.shape, images.dtype, images.max().item()
-    (torch.Size([2, 1, 1, 28, 28]), torch.uint8, 0)
+    Examples:
+        >>> from io import BytesIO
+        >>> from tempfile import TemporaryDirectory
+        >>> from zipfile import ZipFile
+        >>> from PIL import Image
+        >>> folder, paper = TemporaryDirectory(), BytesIO()
+        >>> Image.new("1", (105, 105), 1).save(paper, "png")  # a blank sheet
+        >>> for part in ("images_background", "images_evaluation"):
+        ...     with ZipFile(f"{folder.name}/{part}.zip", "w") as file:
+        ...         file.writestr(f"{part}/Greek/character01/0001_01.png", paper.getvalue())
+        >>> images = omniglot(folder.name)
+        >>> folder.cleanup()
+        >>> images.shape, images.dtype, images.max().item()
+        (torch.Size([2, 1, 1, 28, 28]), torch.uint8, 0)
 
     Source: Lake et al., "Human-level concept learning through probabilistic program induction"
     (2015); resizing as in Finn et al. (2017).
@@ -125,13 +126,14 @@ def _count(sources: list[Drawings]) -> tuple[int, int]:
 class Splits(NamedTuple):
     """The three parts of a data set of images.
 
-    Args:
+    Attributes:
         train: `[classes, examples, *shape]` to meta-train on.
         val: the same, of other classes, to choose settings by.
         test: the same, of yet other classes, to report.
 
-    >>> Splits(*torch.eye(3)).val
-    tensor([0., 1., 0.])
+    Examples:
+        >>> Splits(*torch.eye(3)).val
+        tensor([0., 1., 0.])
     """
 
     train: Tensor
@@ -165,10 +167,11 @@ def omniglot_splits(
     Raises:
         ValueError: if a size is not positive, or the sizes ask for more characters than there are.
 
-    >>> images = torch.arange(1623).view(-1, 1, 1, 1, 1)
-    >>> train, val, test = omniglot_splits(images, seed=0)
-    >>> len(train), len(val), len(test), train.unique().numel()
-    (4400, 400, 1692, 1100)
+    Examples:
+        >>> images = torch.arange(1623).view(-1, 1, 1, 1, 1)
+        >>> train, val, test = omniglot_splits(images, seed=0)
+        >>> len(train), len(val), len(test), train.unique().numel()
+        (4400, 400, 1692, 1100)
 
     Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks"
     (2017), section 5.2; after Santoro et al. (2016), section 4.

@@ -44,13 +44,14 @@ def sinusoids(
     Raises:
         ValueError: if a count is not positive.
 
-    >>> (x, y), (query_x, query_y) = sinusoids(tasks=4, shots=10, queries=20, seed=0).sample()
-    >>> x.shape, y.shape, query_y.shape
-    (torch.Size([4, 10, 1]), torch.Size([4, 10, 1]), torch.Size([4, 20, 1]))
-    >>> waves = torch.cat([x.sin(), x.cos()], dim=-1)  # y = a cos(b) sin(x) - a sin(b) cos(x)
-    >>> fit = torch.linalg.lstsq(waves, y).solution
-    >>> [round(a, 2) for a in fit.norm(dim=(1, 2)).tolist()]  # the amplitudes
-    [2.53, 3.86, 0.53, 0.75]
+    Examples:
+        >>> (x, y), (query_x, query_y) = sinusoids(tasks=4, shots=10, queries=20, seed=0).sample()
+        >>> x.shape, y.shape, query_y.shape
+        (torch.Size([4, 10, 1]), torch.Size([4, 10, 1]), torch.Size([4, 20, 1]))
+        >>> waves = torch.cat([x.sin(), x.cos()], dim=-1)  # y = a cos(b) sin(x) - a sin(b) cos(x)
+        >>> fit = torch.linalg.lstsq(waves, y).solution
+        >>> [round(a, 2) for a in fit.norm(dim=(1, 2)).tolist()]  # the amplitudes
+        [2.53, 3.86, 0.53, 0.75]
 
     Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks"
     (2017), section 5.1.

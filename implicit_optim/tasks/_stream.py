@@ -32,13 +32,14 @@ class Stream(ABC):
     Raises:
         ValueError: if `steps` is not positive.
 
-    >>> class Coins(Stream):
-    ...     def sample(self):
-    ...         x = torch.rand(2, 3, 1, generator=self.generator).round()
-    ...         return (x, x), (x, x)
-    >>> coins = Coins(seed=0, steps=4)
-    >>> len(coins), sum(int(x.sum()) for (x, _), _ in coins)
-    (4, 10)
+    Examples:
+        >>> class Coins(Stream):
+        ...     def sample(self):
+        ...         x = torch.rand(2, 3, 1, generator=self.generator).round()
+        ...         return (x, x), (x, x)
+        >>> coins = Coins(seed=0, steps=4)
+        >>> len(coins), sum(int(x.sum()) for (x, _), _ in coins)
+        (4, 10)
     """
 
     def __init__(
