@@ -199,7 +199,7 @@ def test_public_names_are_sorted():
 
 def test_public_names_are_in_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    listed = {line.strip().removeprefix("- ") for line in page.splitlines()}
+    listed = {line.removeprefix(f"::: {PACKAGE}.") for line in page.splitlines()}
     missing = [n for n in public_names() if not n.startswith("_") and n not in listed]
     assert not missing, f"list them under a heading of docs/api.md: {missing}"
 
