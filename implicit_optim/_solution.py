@@ -41,9 +41,10 @@ _MESSAGES = {
         "the tolerance was not met: allow more max_steps, loosen the tolerance, or precondition"
     ),
     Status.NEGATIVE_CURVATURE: (
-        "conjugate gradients met p.Ap <= 0, so the matrix is not positive definite and the best "
-        "iterate so far was kept: try curvature=GaussNewton, another lam (on real networks a smaller "
-        "lam can make the Hessian more definite), a zero-initialised last layer, or more inner steps"
+        "conjugate gradients met a direction of negative curvature (or of almost none: see "
+        "CG.min_curvature) and kept the best iterate so far: try curvature=GaussNewton, another lam "
+        "(on real networks a smaller lam can make the Hessian more definite), a zero-initialised last "
+        "layer, or more inner steps"
     ),
     Status.LINE_SEARCH: (
         "no step along the search direction lowered the objective: the iterate is as accurate as the "
@@ -56,7 +57,7 @@ _MESSAGES = {
 
 
 class Solution(NamedTuple):
-    """A solve's result. A ``NamedTuple``, hence a pytree that ``vmap`` and ``compile`` understand.
+    """A solve's result. A ``NamedTuple``, hence a pytree that ``vmap`` understands.
 
     Attributes:
         value: the solution, a tensor or pytree with the batch dimensions ``[*batch, ...]`` leading.
@@ -69,10 +70,7 @@ class Solution(NamedTuple):
         >>> done.share(iopt.Status.NEGATIVE_CURVATURE).item()
         0.5
         >>> print(done.summary())
-        1 of 2 success, 1 negative_curvature: conjugate gradients met p.Ap <= 0, so the matrix is \
-not positive definite and the best iterate so far was kept: try curvature=GaussNewton, another lam \
-(on real networks a smaller lam can make the Hessian more definite), a zero-initialised last layer, \
-or more inner steps
+        1 of 2 success, 1 negative_curvature: conjugate gradients met a direction of negative ...
     """
 
     value: Any
