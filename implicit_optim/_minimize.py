@@ -71,7 +71,8 @@ def minimize(
     init, theta, data = pytree.tree_map(detach, (init, theta, data))
     with torch.no_grad():
         problem = InnerProblem.bind(objective, init, theta, *data, batch_ndim=batch_ndim)
-        value, status, stats = run(problem, problem.layout.ravel(init).clone(), solver)
+        start = problem.layout.ravel(init).clone()  # a task that takes no step must not return init
+        value, status, stats = run(problem, start, solver)
         return Solution(problem.layout.unravel(value), status, stats)
 
 

@@ -20,7 +20,7 @@ class Status(enum.IntEnum):
         >>> iopt.Status.NEGATIVE_CURVATURE.value, iopt.Status(0).name
         (2, 'SUCCESS')
         >>> print(iopt.Status.MAX_STEPS.message)
-        the tolerance was not met: allow more max_steps, loosen the tolerance, or precondition
+        the tolerance was not met: allow more max_steps, loosen the tolerance, or use float64
     """
 
     SUCCESS = 0
@@ -38,7 +38,7 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.SUCCESS: "solved to the accuracy asked for",
     Status.MAX_STEPS: (
-        "the tolerance was not met: allow more max_steps, loosen the tolerance, or precondition"
+        "the tolerance was not met: allow more max_steps, loosen the tolerance, or use float64"
     ),
     Status.NEGATIVE_CURVATURE: (
         "conjugate gradients met a direction of negative curvature (or of almost none: see "

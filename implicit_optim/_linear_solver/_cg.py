@@ -96,16 +96,15 @@ class CG(LinearSolver):
         rtol = default if self.rtol is None else self.rtol
         fixed = rtol == 0 and self.atol == 0
 
-        first_order = operator.precondition(b)
-        floor = 0.0 if first_order is b else self.min_curvature
         scale = _power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
         b = b / scale.unsqueeze(-1)
         rhs_norm = residual_norm = _norm(b)
         # Below the rounding of ||b|| the recurrence is noise: a solve cannot be asked for more.
         target = torch.maximum(max(rtol, eps) * rhs_norm, self.atol / scale)
 
-        x, r, z = torch.zeros_like(b), b, operator.precondition(b)
-        p, rz = z, _dot(b, z)
+        first_order = operator.precondition(b)
+        floor = 0.0 if first_order is b else self.min_curvature
+        x, r, p, rz = torch.zeros_like(b), b, first_order, _dot(b, first_order)
         p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
         norm_of_A = torch.zeros_like(rhs_norm)  # a lower bound, for what rounding makes of zero
         nonfinite = ~torch.isfinite(rhs_norm)
@@ -140,7 +139,7 @@ class CG(LinearSolver):
         if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
             true_norm = _norm(b - operator.mv(x))
             residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
-        x = where(stopped_at_once, first_order, scale.unsqueeze(-1) * x)
+        x = scale.unsqueeze(-1) * where(stopped_at_once, first_order, x)
         x = where(nonfinite, torch.full_like(x, math.nan), x)
         status = torch.zeros_like(steps)
         if not fixed:
