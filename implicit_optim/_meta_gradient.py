@@ -22,7 +22,23 @@ from implicit_optim._solver import Solver
 
 
 class MetaGradient(abc.ABC):
-    """Solves the inner problems of a batch of tasks and makes the solutions differentiable."""
+    """Solves the inner problems of a batch of tasks and makes the solutions differentiable.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> class NoAdaptation(iopt.MetaGradient):
+        ...     def adapt(self, objective, theta, data, solver, on_solve):
+        ...         return {name: p.expand(len(data[0]), *p.shape) for name, p in theta[0].items()}
+        >>> meta = iopt.MetaLearner(
+        ...     torch.nn.Linear(1, 1),
+        ...     torch.nn.functional.mse_loss,
+        ...     solver=iopt.gd(lr=0.1),
+        ...     meta_gradient=NoAdaptation(),
+        ... )
+        >>> batch = torch.ones(2, 3, 1), meta.model(torch.ones(2, 3, 1)).detach()
+        >>> meta(batch, batch).tolist()
+        [0.0, 0.0]
+    """
 
     @abc.abstractmethod
     def adapt(

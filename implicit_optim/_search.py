@@ -17,7 +17,19 @@ Scalars = Float[Tensor, "*batch"]
 
 
 class Search(abc.ABC):
-    """Chooses the step length t of ``phi + t d``."""
+    """Chooses the step length t of ``phi + t d``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> class Half(iopt.Search):
+        ...     def search(self, along, value, slope):
+        ...         return torch.full_like(value, 0.5), torch.ones_like(value, dtype=torch.bool)
+        >>> solver = iopt.newton_cg(line_search=Half(), max_steps=1)
+        >>> iopt.minimize(
+        ...     lambda phi, theta: phi @ phi, torch.ones(1), (), solver=solver
+        ... ).value.item()
+        0.5
+    """
 
     @abc.abstractmethod
     def search(

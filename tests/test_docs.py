@@ -1,11 +1,15 @@
 """Every python block of the README and of the documentation runs as it stands."""
 
+import inspect
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+
+import implicit_optim
+import implicit_optim.tasks
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +46,16 @@ def test_readme_blocks_do_what_the_text_says():
     phi = torch.linalg.solve(2 * x.T @ x / 20 + 2 * theta.exp() * torch.eye(3), 2 * x.T @ y / 20)
     (expected,) = torch.autograd.grad(phi.square().sum(), theta)
     torch.testing.assert_close(names["theta"].grad.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "package", [implicit_optim, implicit_optim.tasks], ids=lambda m: m.__name__
+)
+def test_every_public_class_and_function_has_an_example(package):
+    public = {name: getattr(package, name) for name in package.__all__}
+    documented = {n: o for n, o in public.items() if inspect.isclass(o) or inspect.isfunction(o)}
+    assert len(documented) >= 10
+    assert [n for n, o in documented.items() if ">>> " not in (inspect.getdoc(o) or "")] == []
 
 
 def test_readme_links_exist():

@@ -20,6 +20,18 @@ class LinearSolver(abc.ABC):
 
     Attributes:
         stats_names: what the solutions' ``stats`` hold, in order.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> class FirstOrderDirection(iopt.LinearSolver):
+        ...     stats_names = ()
+        ...
+        ...     def solve(self, operator, b):
+        ...         solved = torch.zeros(b.shape[:-1], dtype=torch.int8)
+        ...         return iopt.Solution(operator.precondition(b), solved, {})
+        >>> A = iopt.Damped(iopt.Dense(torch.eye(2)), 4.0)
+        >>> iopt.linear_solve(A, torch.ones(2), FirstOrderDirection()).value.tolist()  # b / damping
+        [0.25, 0.25]
     """
 
     stats_names: ClassVar[tuple[str, ...]]

@@ -26,6 +26,22 @@ class Operator(abc.ABC):
     the two ways back, so that [`linear_solve`][implicit_optim.linear_solve] can differentiate and
     batch through them.
 
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> class Diagonal(iopt.Operator):
+        ...     def __init__(self, d):
+        ...         self.d = d
+        ...
+        ...     shape = property(lambda self: tuple(self.d.shape))
+        ...     mv = lambda self, x: self.d * x
+        ...     tensors = lambda self: ([self.d], [])
+        ...     with_tensors = lambda self, own, common: Diagonal(own[0])
+        ...     add_batch = lambda self, own, common, *, shared: Diagonal(own[0])
+        >>> d = torch.tensor([1.0, 4.0], requires_grad=True)
+        >>> iopt.linear_solve(Diagonal(d), torch.ones(2)).value.sum().backward()
+        >>> d.grad.tolist()  # of 1 / d
+        [-1.0, -0.0625]
+
     Source: the shape of the class follows lineax; the products are Pearlmutter's (1994).
     """
 
@@ -89,6 +105,12 @@ class Linearized:
         precondition: ``M^-1 r``, see [`Operator`][implicit_optim.Operator].
         gradient: gradient of the objective at the point ``[*batch, n]``, where the operator has one.
         value: value of the objective at the point ``[*batch]``, where the operator has one.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> twice = iopt.Linearized(mv=lambda x: 2 * x, precondition=lambda r: r)
+        >>> iopt.CG(max_steps=1).solve(twice, torch.ones(3)).value.tolist()
+        [0.5, 0.5, 0.5]
     """
 
     mv: Callable[[Tensor], Tensor]

@@ -21,6 +21,14 @@ class Evaluation(NamedTuple):
         value: objective per task ``[*batch]``.
         grad: gradient per task ``[*batch, n]``.
         operator: the curvature, linearised there, for rules that use one.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> phi = torch.tensor([3.0])
+        >>> problem = iopt.InnerProblem.bind(lambda phi, theta: phi @ phi, phi, ())
+        >>> at = iopt.gd(lr=0.1).evaluate(problem, phi)
+        >>> at.value.item(), at.grad.tolist()
+        (9.0, [6.0])
     """
 
     value: Float[Tensor, "*batch"]
@@ -39,6 +47,17 @@ class Solver(abc.ABC):
         max_steps: most steps, >= 0. With ``tol = 0`` exactly these are taken.
         tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
             mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> class SignDescent(iopt.Solver):
+        ...     def step(self, problem, phi, at, state):
+        ...         return phi - 0.25 * at.grad.sign(), state, None
+        >>> solver = SignDescent(max_steps=2, tol=0.0)
+        >>> iopt.minimize(
+        ...     lambda phi, theta: phi @ phi, torch.ones(1), (), solver=solver
+        ... ).value.item()
+        0.5
     """
 
     max_steps: int
