@@ -164,6 +164,24 @@ def test_gradient_with_respect_to_every_kind_of_lam(shape):
     assert gradcheck(f, (lam,))
 
 
+@pytest.mark.parametrize("shape", ["scalar", "vector", "matrix", "by name"])
+def test_inverse_proximal_inverts_the_hessian_of_proximal(shape):
+    phi = {"w": torch.randn(2), "b": torch.randn(())}
+    layout, root = iopt.Layout.of(phi), torch.randn(3, 3)
+    lam = {
+        "scalar": torch.tensor(0.5),
+        "vector": torch.tensor([0.5, 1.0, 2.0]),
+        "matrix": root @ root.T + torch.eye(3),
+        "by name": {"w": torch.tensor(0.5), "b": torch.tensor(2.0)},
+    }[shape]
+    theta, r = (phi, lam), torch.randn(3)
+    hessian = torch.autograd.functional.hessian(
+        lambda flat: iopt.proximal(layout.unravel(flat), theta), torch.randn(3)
+    )
+    solved = layout.ravel(iopt.inverse_proximal(layout.unravel(r), theta))
+    torch.testing.assert_close(hessian @ solved, r, rtol=1e-12, atol=1e-12)
+
+
 # -- composition with the transforms ------------------------------------------------------------------
 
 

@@ -59,6 +59,37 @@ def test_loss_and_meta_gradient_of_ridge_regression(double, curvature):
     torch.testing.assert_close(prox.lam.grad, g_lam, rtol=1e-10, atol=1e-12)
 
 
+def test_the_curvature_asked_for_is_the_one_used(double):
+    """Where Hessian and Gauss-Newton differ: against the dense `lam (G + lam I)^-1 v` of one task."""
+    support, query = regression(tasks=1)
+    model, lam = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1)), 3.0
+    layout = iopt.Layout.of(dict(model.named_parameters()))
+    gradients = {}
+    for curvature in (iopt.Hessian, iopt.GaussNewton):
+        rule = iopt.Implicit(iopt.CG(rtol=1e-13, max_steps=99), curvature)
+        meta = iopt.MetaLearner(model, F.mse_loss, solver=NEWTON, lam=lam, meta_gradient=rule)
+        g = torch.autograd.grad(meta(support, query).sum(), list(model.parameters()))
+        gradients[curvature] = torch.cat([p.reshape(-1) for p in g])
+
+    with torch.no_grad():
+        phi = torch.cat([p.reshape(-1) for p in meta.adapt(support).values()])
+
+    def output(flat, x):
+        return torch.func.functional_call(model, layout.unravel(flat), (x,))
+
+    def loss(flat, batch):
+        return F.mse_loss(output(flat, batch[0][0]), batch[1][0])
+
+    v = torch.autograd.functional.jacobian(lambda p: loss(p, query), phi)
+    J = torch.autograd.functional.jacobian(lambda p: output(p, support[0][0])[:, 0], phi)
+    H = torch.autograd.functional.hessian(lambda p: loss(p, support), phi)
+    dense = {iopt.Hessian: H, iopt.GaussNewton: 2 / len(J) * J.T @ J}
+    assert (dense[iopt.Hessian] - dense[iopt.GaussNewton]).abs().max() > 0.01
+    for curvature, matrix in dense.items():
+        expected = lam * torch.linalg.solve(matrix + lam * torch.eye(layout.n), v)
+        torch.testing.assert_close(gradients[curvature], expected, rtol=1e-8, atol=1e-10)
+
+
 def test_first_order_is_implicit_with_zero_cg_steps_and_its_closed_form(double):
     support, query = regression()
     solver = iopt.gd(lr=0.1, max_steps=7)
