@@ -1,15 +1,19 @@
 """Exact, cheap gradients through an inner optimisation problem in PyTorch: implicit MAML and beyond."""
 
+from implicit_optim._batch import Batching
+from implicit_optim._error_bound import error_bound
 from implicit_optim._flat import Layout
 from implicit_optim._implicit import ImplicitMetaGradient, attach
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._meta_gradient import FirstOrder, Implicit, MetaGradient
+from implicit_optim._meta_gradient import FirstOrder, Implicit, MetaGradient, Unrolled
 from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
 from implicit_optim._objective import InnerProblem, Objective
 from implicit_optim._operator import Damped, Dense, GaussNewton, Hessian, Linearized, Operator
 from implicit_optim._proximal import Proximal, inverse_proximal, proximal
+from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn
+from implicit_optim._running_stats import RunningStats
 from implicit_optim._search import Armijo, FixedStep, Search
 from implicit_optim._solution import Solution, Status
 from implicit_optim._solver import Evaluation, Solver, agd, from_torch, gd, newton_cg
@@ -20,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AGD",
     "Armijo",
+    "Batching",
     "CG",
     "Damped",
     "Dense",
@@ -29,6 +34,7 @@ __all__ = [
     "GD",
     "GaussNewton",
     "Hessian",
+    "Ignore",
     "Implicit",
     "ImplicitMetaGradient",
     "InnerProblem",
@@ -42,12 +48,20 @@ __all__ = [
     "Objective",
     "Operator",
     "Proximal",
+    "Raise",
+    "Report",
+    "RunningStats",
     "Search",
     "Solution",
+    "SolveError",
+    "SolveWarning",
     "Solver",
     "Status",
+    "Unrolled",
+    "Warn",
     "agd",
     "attach",
+    "error_bound",
     "from_torch",
     "gd",
     "inverse_proximal",

@@ -1,12 +1,89 @@
-"""Batches of tasks: masks and early exits for loops, leading dimensions for autograd.Functions."""
+"""Batches of tasks: how a function of one task is evaluated for all, masks and early exits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+import enum
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Batching(enum.Enum):
+    """How a function of one task is evaluated for a whole batch; the numbers are the same.
+
+    Attributes:
+        VMAP: one batched call, with ``torch.func.vmap``.
+        LOOP: one call after the other, for operations that ``vmap`` does not know, such as ``nn.LSTM``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> problem = iopt.InnerProblem.bind(
+        ...     lambda phi, theta: phi @ phi,
+        ...     torch.ones(2, 3),
+        ...     (),
+        ...     batch_ndim=1,
+        ...     batching=iopt.Batching.LOOP,
+        ... )
+        >>> problem.values(torch.ones(2, 3)).tolist()
+        [3.0, 3.0]
+    """
+
+    VMAP = enum.auto()
+    LOOP = enum.auto()
+
+
+def over_tasks(
+    one: Callable[..., Any],
+    first: Any,
+    theta: Any,
+    data: tuple[Any, ...],
+    shared: tuple[bool, ...],
+    batching: Batching,
+    *,
+    random: bool = False,
+) -> Any:
+    """Evaluate ``one(first, theta, *data)`` for every task.
+
+    Args:
+        one: function of one task.
+        first: pytree of tensors ``[*batch, ...]``.
+        theta: pytree; a batch dimension is mapped where it is not shared.
+        data: pytrees of tensors ``[*batch, ...]``.
+        shared: one flag a batch dimension, outermost first: whether theta lacks it.
+        batching: how.
+        random: whether ``one`` may draw random numbers.
+
+    Returns:
+        A pytree of tensors ``[*batch, ...]``.
+    """
+    if not shared:
+        return one(first, theta, *data)
+    if batching is Batching.LOOP:
+        results = []
+        for i in range(_size(first)):
+            own = theta if shared[0] else _pick(theta, i)
+            args = (_pick(first, i), own, _pick(data, i), shared[1:], batching)
+            results.append(over_tasks(one, *args))
+        return pytree.tree_map(lambda *each: torch.stack(each), *results)
+    for is_shared in reversed(shared):
+        dims = (_dims(first), None if is_shared else _dims(theta), *_dims(data))
+        one = torch.func.vmap(one, in_dims=dims, randomness="different" if random else "error")
+    return one(first, theta, *data)
+
+
+def _pick(tree: Any, i: int) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _dims(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
+
+
+def _size(tree: Any) -> int:
+    return next(leaf.shape[0] for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def none_left(running: Tensor) -> bool:
@@ -39,54 +116,3 @@ def is_batched(x: Tensor) -> bool:
 def where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``new`` for the tasks in ``mask [*batch]``, ``old`` for the others, over trailing dimensions."""
     return torch.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
-
-
-def lead(tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> list[Any]:
-    """Give every tensor the new batch dimension in front, by moving it there or by a view.
-
-    Args:
-        tensors: tensors, or other leaves, which stay as they are.
-        dims: where the batch dimension of each stands, ``None`` for one that has none.
-        size: length of the batch dimension.
-
-    Returns:
-        The tensors ``[size, *shape]``.
-    """
-
-    def move(t: Any, dim: int | None) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-    return [move(t, d) for t, d in zip(tensors, dims, strict=True)]
-
-
-def split_grads(
-    fn: Callable[[list[Any]], Any], leaves: Sequence[Any], needed: Sequence[bool], cotangent: Any
-) -> list[Tensor | None]:
-    """Vector-Jacobian product of ``fn(leaves)`` with respect to the leaves that are needed.
-
-    Args:
-        fn: function of the list of leaves.
-        leaves: tensors and others.
-        needed: which of them want a gradient.
-        cotangent: like ``fn``'s value.
-
-    Returns:
-        One gradient a leaf, ``None`` where none is needed.
-    """
-    chosen = [i for i, need in enumerate(needed) if need]
-    if not chosen:
-        return [None] * len(leaves)
-
-    def of_chosen(*values: Tensor) -> Any:
-        merged = list(leaves)
-        for i, value in zip(chosen, values, strict=True):
-            merged[i] = value
-        return fn(merged)
-
-    _, pull = cast(Any, torch.func.vjp(of_chosen, *(leaves[i] for i in chosen)))
-    result: list[Tensor | None] = [None] * len(leaves)
-    for i, gradient in zip(chosen, pull(cotangent), strict=True):
-        result[i] = gradient
-    return result

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_optim._batch import lead, split_grads
+from implicit_optim._ambient import full_precision, twice_differentiable
+from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
+from implicit_optim._batch import Batching
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._objective import InnerObjective, InnerProblem, Objective
@@ -29,6 +31,8 @@ def attach(
     linear_solver: LinearSolver = _DEFAULT,
     curvature: Curvature = Hessian,
     batch_ndim: int = 0,
+    seed: int | None = None,
+    batching: Batching = Batching.VMAP,
     on_solve: OnSolve | None = None,
 ) -> Any:
     r"""Make a minimiser ``phi`` a differentiable function of theta and of the data.
@@ -50,6 +54,9 @@ def attach(
         curvature: [`Hessian`][implicit_optim.Hessian] (exact) or
             [`GaussNewton`][implicit_optim.GaussNewton] (positive definite, biased).
         batch_ndim: how many leading dimensions of phi and data count tasks.
+        seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed,
+            the one that ``minimize`` was given. Default: drawing is an error.
+        batching: how the tasks of a batch are evaluated, see [`Batching`][implicit_optim.Batching].
         on_solve: called as ``on_solve("linear_solve", solution)`` in every backward pass.
 
     Returns:
@@ -58,6 +65,7 @@ def attach(
     Raises:
         TypeError: ``curvature=GaussNewton`` with an objective without structure.
         ValueError: shapes, dtypes or devices do not fit.
+        RuntimeError: the objective draws random numbers and there is no seed.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -70,9 +78,9 @@ def attach(
 
     Source: Rajeswaran et al. 2019, Lemma 1 and algorithm 2; Blondel et al. 2022, section 2.
     """
-    problem = InnerProblem.bind(objective, phi, theta, *data, batch_ndim=batch_ndim)
-    if curvature is GaussNewton:
-        problem.structured  # noqa: B018  raises where the structure is missing
+    problem = InnerProblem.bind(
+        objective, phi, theta, *data, batch_ndim=batch_ndim, seed=seed, batching=batching
+    )
     flat = problem.layout.ravel(phi)
     return problem.layout.unravel(
         attach_flat(
@@ -90,6 +98,8 @@ def attach_flat(
     on_solve: OnSolve | None,
 ) -> Tensor:
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
+    if curvature is GaussNewton:
+        problem.structured  # noqa: B018  raises where the structure is missing
     own, common = problem.tensors()
     blank = problem.with_tensors([None] * len(own), [None] * len(common))
     rule = Rule(blank, linear_solver, curvature, on_solve, len(own))
@@ -117,6 +127,13 @@ class Rule:
     def bind(self, tensors: list[Any]) -> InnerProblem:
         """The problem over these tensors."""
         return self.problem.with_tensors(tensors[: self.count], tensors[self.count :])
+
+    def solve(self, phi: Tensor, tensors: list[Any], v: Tensor) -> Tensor:
+        """``A^-1 v`` with the curvature at phi."""
+        solution = linear_solve(self.curvature(self.bind(tensors), phi), v, self.linear_solver)
+        if self.on_solve is not None:
+            self.on_solve("linear_solve", solution)
+        return solution.value
 
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
         """``d <w, grad_phi F> / d tensors``; of a structured F only the part each tensor is in."""
@@ -167,20 +184,27 @@ class ImplicitMetaGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the *output*: the second derivative must see phi as a function of theta."""
         ctx.rule, _, *tensors = inputs
-        ctx.others = [None if isinstance(t, Tensor) else t for t in tensors]
-        ctx.save_for_backward(output, *(t if isinstance(t, Tensor) else None for t in tensors))
+        save(ctx, output, tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         """One linear solve, one mixed vector-Jacobian product."""
-        rule = ctx.rule
-        phi, *saved = ctx.saved_tensors
-        tensors = [o if s is None else s for s, o in zip(saved, ctx.others, strict=True)]
+        phi, tensors = saved(ctx)
+        w = ctx.rule.solve(phi, tensors, v)
         needed = list(ctx.needs_input_grad[2:])
-        solution = linear_solve(rule.curvature(rule.bind(tensors), phi), v, rule.linear_solver)
-        if rule.on_solve is not None:
-            rule.on_solve("linear_solve", solution)
-        return (None, None, *rule.mixed(phi, tensors, needed, -solution.value))
+        with twice_differentiable, full_precision(phi.device):
+            return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
+
+    @staticmethod
+    @forward_mode
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """One mixed Jacobian-vector product, one linear solve."""
+        phi, tensors = saved(ctx, forward=True)
+        with twice_differentiable, full_precision(phi.device):
+            change = push_forward(lambda ts: ctx.rule.bind(ts).grad(phi), tensors, tangents[2:])
+        if change is None:
+            return torch.zeros_like(phi)
+        return ctx.rule.solve(phi, tensors, -change)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import lead, split_grads
+from implicit_optim._ambient import full_precision
+from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import Operator
 from implicit_optim._solution import Solution
@@ -23,7 +25,8 @@ def linear_solve(
     r"""Solve ``A x = b`` for every task, differentiably.
 
     The derivative is the implicit one and costs one more solve, whatever the solver did:
-    ``d<w, x> = <A^-1 w, db - dA x>``. It composes with ``grad``, ``vmap`` and itself.
+    ``dx = A^-1 (db - dA x)`` forward, ``d<w, x> = <A^-1 w, db - dA x>`` in reverse. It composes with
+    ``grad``, ``jvp``, ``vmap`` and itself.
 
     Args:
         operator: symmetric A with vectors ``[*batch, n]``; its tensors receive gradients.
@@ -70,8 +73,9 @@ class _LinearSolve(torch.autograd.Function):
         blank: Operator, solver: LinearSolver, count: int, b: Tensor, *tensors: Any
     ) -> tuple[Any, ...]:
         operator = blank.with_tensors(list(tensors[:count]), list(tensors[count:]))
-        linearized = operator.linearize()
-        value, status, stats = solver.solve(linearized, b)
+        with full_precision(b.device):
+            linearized = operator.linearize()
+            value, status, stats = solver.solve(linearized, b)
         gradient = (
             b.new_full(b.shape, math.nan) if linearized.gradient is None else linearized.gradient
         )
@@ -80,27 +84,33 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.blank, ctx.solver, ctx.count, _, *tensors = inputs
-        x, status, *numbers = output
-        ctx.mark_non_differentiable(status, *numbers)
-        ctx.others = [None if isinstance(t, Tensor) else t for t in tensors]
-        ctx.save_for_backward(x, *(t if isinstance(t, Tensor) else None for t in tensors))
+        x, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.outputs = len(others)
+        save(ctx, x, tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        tensors = [o if s is None else s for s, o in zip(saved, ctx.others, strict=True)]
-        count = ctx.count
-
-        def rebuild(tensors: list[Any]) -> Operator:
-            return ctx.blank.with_tensors(tensors[:count], tensors[count:])
-
+        x, tensors = saved(ctx)
         if grads[0] is None:
             return (None,) * (4 + len(tensors))
-        w = linear_solve(rebuild(tensors), grads[0], ctx.solver).value
+        operator = _operator(ctx)
+        w = linear_solve(operator(tensors), grads[0], ctx.solver).value
         needed = ctx.needs_input_grad[4:]
-        pulled = split_grads(lambda ts: rebuild(ts).mv(x), tensors, needed, -w)
+        pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)
         return (None, None, None, w, *pulled)
+
+    @staticmethod
+    @forward_mode
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        x, tensors = saved(ctx, forward=True)
+        operator = _operator(ctx)
+        db = torch.zeros_like(x) if tangents[3] is None else tangents[3]
+        dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[4:])
+        change = db if dA_x is None else db - dA_x
+        dx = linear_solve(operator(tensors), change, ctx.solver).value
+        return (dx, *(None,) * ctx.outputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -113,3 +123,8 @@ class _LinearSolve(torch.autograd.Function):
         operator = blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
         out = _LinearSolve.apply(operator, solver, count, b, *own, *common)
         return out, (0,) * len(out)
+
+
+def _operator(ctx: Any) -> Callable[[list[Any]], Operator]:
+    """The operator of a solve as a function of its tensors."""
+    return lambda tensors: ctx.blank.with_tensors(tensors[: ctx.count], tensors[ctx.count :])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from implicit_optim._ambient import full_precision
 from implicit_optim._batch import where
-from implicit_optim._implicit import Curvature, OnSolve, attach
+from implicit_optim._implicit import Curvature, OnSolve, attach_flat
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._minimize import minimize
-from implicit_optim._objective import Objective
+from implicit_optim._minimize import run, solve
+from implicit_optim._objective import InnerProblem
 from implicit_optim._operator import Hessian
-from implicit_optim._solution import Status
+from implicit_optim._solution import Solution, Status
 from implicit_optim._solver import Solver
 
 
@@ -27,8 +27,9 @@ class MetaGradient(abc.ABC):
     Examples:
         >>> import torch, implicit_optim as iopt
         >>> class NoAdaptation(iopt.MetaGradient):
-        ...     def adapt(self, objective, theta, data, solver, on_solve):
-        ...         return {name: p.expand(len(data[0]), *p.shape) for name, p in theta[0].items()}
+        ...     def adapt(self, problem, start, solver, on_solve):
+        ...         anchor, lam = problem.theta
+        ...         return problem.layout.ravel(anchor).expand_as(start)
         >>> meta = iopt.MetaLearner(
         ...     torch.nn.Linear(1, 1),
         ...     torch.nn.functional.mse_loss,
@@ -43,24 +44,22 @@ class MetaGradient(abc.ABC):
     @abc.abstractmethod
     def adapt(
         self,
-        objective: Objective,
-        theta: tuple[Any, Any],
-        data: tuple[Any, ...],
+        problem: InnerProblem,
+        start: Float[Tensor, "*batch n"],
         solver: Solver,
-        on_solve: OnSolve | None,
-    ) -> Any:
-        """Adapt to T tasks.
+        on_solve: OnSolve,
+    ) -> Float[Tensor, "*batch n"]:
+        """Adapt to every task of a batch.
 
         Args:
-            objective: one task's inner problem with the quadratic proximal term.
-            theta: ``(anchor, lam)``; the anchor is also where the solver starts.
-            data: pytrees of tensors ``[T, ...]``.
+            problem: the inner problems, with a proximal term; ``problem.theta`` is ``(anchor, lam)``.
+            start: where the solver starts, ``[*batch, n]``, without a graph: the anchor.
             solver: the inner solver.
             on_solve: told of every solve, by name.
 
         Returns:
-            A pytree like the anchor with leaves ``[T, *shape]``, a function of theta and the data. A
-            task in which NaN or inf appeared is NaN throughout, so that it cannot pass unseen.
+            phi ``[*batch, n]``, a function of theta and the data. A task in which NaN or inf appeared
+            is NaN throughout, so that it cannot pass unseen.
         """
 
 
@@ -87,22 +86,14 @@ class Implicit(MetaGradient):
     curvature: Curvature = Hessian
 
     def adapt(
-        self,
-        objective: Objective,
-        theta: tuple[Any, Any],
-        data: tuple[Any, ...],
-        solver: Solver,
-        on_solve: OnSolve | None,
-    ) -> Any:
+        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
+    ) -> Tensor:
         """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        return attach(
-            _solve(objective, theta, data, solver, on_solve),
-            objective,
-            theta,
-            *data,
+        return attach_flat(
+            _solved(problem, start, solver, on_solve),
+            problem,
             linear_solver=self.linear_solver,
             curvature=self.curvature,
-            batch_ndim=1,
             on_solve=on_solve,
         )
 
@@ -122,30 +113,47 @@ class FirstOrder(MetaGradient):
     """
 
     def adapt(
-        self,
-        objective: Objective,
-        theta: tuple[Any, Any],
-        data: tuple[Any, ...],
-        solver: Solver,
-        on_solve: OnSolve | None,
-    ) -> Any:
+        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
+    ) -> Tensor:
         """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        phi = _solve(objective, theta, data, solver, on_solve)
-        return pytree.tree_map(lambda p, anchor: p + (anchor - anchor.detach()), phi, theta[0])
+        phi = _solved(problem, start, solver, on_solve)
+        anchor = problem.layout.ravel(problem.theta[0])
+        return phi + (anchor - anchor.detach())
 
 
-def _solve(
-    objective: Objective,
-    theta: tuple[Any, Any],
-    data: tuple[Any, ...],
-    solver: Solver,
-    on_solve: OnSolve | None,
-) -> Any:
-    """The inner solutions without a graph, NaN where a task met NaN or inf."""
-    tasks = next(leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)).shape[0]
-    init = pytree.tree_map(lambda anchor: anchor.detach().expand(tasks, *anchor.shape), theta[0])
-    solution = minimize(objective, init, theta, *data, solver=solver, batch_ndim=1)
-    if on_solve is not None:
+@dataclass(frozen=True)
+class Unrolled(MetaGradient):
+    """MAML: differentiate through every step of the inner solver.
+
+    Memory grows with the number of steps. The gradient is that of the iterate, not of the minimiser,
+    so it also reaches a learned ``lr``.
+
+    Examples:
+        >>> import implicit_optim as iopt
+        >>> iopt.Unrolled()
+        Unrolled()
+
+    Source: Finn et al. 2017, Eq. 1; Rajeswaran et al. 2019, Eq. 3.
+    """
+
+    def adapt(
+        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
+    ) -> Tensor:
+        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
+        anchor = problem.layout.ravel(problem.theta[0])
+        with full_precision(start.device):
+            solution = run(problem, anchor.expand_as(start), solver)
         on_solve("minimize", solution)
+        return _or_nan(solution)
+
+
+def _solved(problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve) -> Tensor:
+    """The inner solutions, without a graph."""
+    solution = solve(problem, start, solver)
+    on_solve("minimize", solution)
+    return _or_nan(solution)
+
+
+def _or_nan(solution: Solution) -> Tensor:
     bad = solution.status == Status.NONFINITE.value
-    return pytree.tree_map(lambda p: where(bad, torch.full_like(p, math.nan), p), solution.value)
+    return where(bad, torch.full_like(solution.value, math.nan), solution.value)

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from implicit_optim._batch import Batching, over_tasks
 from implicit_optim._implicit import OnSolve
 from implicit_optim._meta_gradient import Implicit, MetaGradient
-from implicit_optim._objective import Objective
+from implicit_optim._objective import InnerProblem, Objective
 from implicit_optim._proximal import Proximal, proximal
+from implicit_optim._report import Report, Warn, remembered
+from implicit_optim._running_stats import (
+    RunningStats,
+    adapting,
+    predicting,
+    statistics,
+    tracking,
+)
+from implicit_optim._solution import Solution
 from implicit_optim._solver import Solver
 
 Episode = tuple[Any, ...]
@@ -39,7 +49,15 @@ class MetaLearner(nn.Module):
             [`Proximal`][implicit_optim.Proximal], which can be learned.
         meta_gradient: how phi becomes a function of theta. Default: ``Implicit(CG(max_steps=5))``.
         on_solve: called as ``on_solve(name, solution)`` after every solve, name ``"minimize"`` or
-            ``"linear_solve"``: for logging what happened.
+            ``"linear_solve"``: a policy or a logger. Default: [`Warn`][implicit_optim.Warn] once if
+            more than a tenth of the tasks failed; also [`Raise`][implicit_optim.Raise] and
+            [`Ignore`][implicit_optim.Ignore].
+        running_stats: what layers that track running statistics do, see
+            [`RunningStats`][implicit_optim.RunningStats]. Default: in training mode they are an error.
+        stochastic: whether the model draws random numbers (dropout). Every evaluation of one call,
+            in the inner steps and in every product of a linear solve, then draws the same ones, from
+            a seed that torch's generator gives.
+        batching: how the tasks are evaluated, see [`Batching`][implicit_optim.Batching].
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -70,16 +88,23 @@ class MetaLearner(nn.Module):
         lam: float | Tensor | Mapping[str, Any] | Proximal = 1.0,
         meta_gradient: MetaGradient | None = None,
         on_solve: OnSolve | None = None,
+        running_stats: RunningStats | None = None,
+        stochastic: bool = False,
+        batching: Batching = Batching.VMAP,
     ) -> None:
         super().__init__()
         meta_gradient = Implicit() if meta_gradient is None else meta_gradient
         _check_kinds(model, solver, meta_gradient)
         self.model = model
+        self.loss = loss
         self.proximal = lam if isinstance(lam, Proximal) else Proximal(lam)
         self.solver = solver
         self.meta_gradient = meta_gradient
-        self.on_solve = on_solve
-        self.objective = Objective(self._call, loss, proximal)
+        self.on_solve = Warn() if on_solve is None else on_solve
+        self.running_stats = running_stats
+        self.stochastic = stochastic
+        self.batching = batching
+        self._solves: dict[str, Solution] = {}
         anchor = self.anchor()
         if not anchor:
             raise ValueError(
@@ -113,7 +138,9 @@ class MetaLearner(nn.Module):
                 f"support has {tasks} tasks but query has {asked}: they belong together"
             )
         phi = self.adapt(support)
-        return torch.func.vmap(self.objective.fit)(phi, *query)
+        view = predicting(self.model, self.running_stats)
+        query_loss = Objective(_forward(view), self.loss).fit
+        return self._over_tasks(query_loss, phi, tuple(query))
 
     def adapt(self, support: Episode) -> dict[str, Tensor]:
         """Adapted parameters by name, ``[T, *shape]``; no graph is kept under ``torch.no_grad()``.
@@ -122,14 +149,21 @@ class MetaLearner(nn.Module):
             support: ``(x [T, N, ...], y [T, N, ...])``.
 
         Returns:
-            phi: one set of parameters a task.
+            phi: one set of parameters a task; with ``RunningStats.PER_TASK`` also the statistics.
         """
-        _count_tasks("support", support)
-        _check_statistics(self.model)
-        theta = (self.anchor(), self.proximal())
-        return self.meta_gradient.adapt(
-            self.objective, theta, tuple(support), self.solver, self.on_solve
-        )
+        tasks = _count_tasks("support", support)
+        _check_statistics(self.model, self.running_stats)
+        problem = self._inner_problem(tasks, support)
+        start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
+        flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
+        phi = problem.layout.unravel(flat)
+        if self.running_stats is RunningStats.PER_TASK:
+            phi = phi | self._over_tasks(
+                lambda p, *x: statistics(self.model, lambda view: _forward(view)(p, *x)),
+                phi,
+                tuple(support[:-1]),
+            )
+        return phi
 
     def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
         """The model's outputs under adapted parameters.
@@ -141,10 +175,55 @@ class MetaLearner(nn.Module):
         Returns:
             Outputs ``[T, N, ...]``.
         """
-        return torch.func.vmap(self._call)(phi, *inputs)
+        view = predicting(self.model, self.running_stats)
+        return self._over_tasks(_forward(view), phi, inputs)
 
-    def _call(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
-        return functional_call(self.model, phi, inputs)
+    def report(self) -> Report:
+        """What happened in the last solves: how many tasks failed and why, how exact the others are.
+
+        Reading it synchronises with the device.
+        """
+        return Report(dict(self._solves))
+
+    @property
+    def objective(self) -> Objective:
+        """One task's inner problem, a function of ``(phi, (anchor, lam), *inputs, target)``."""
+        view = adapting(self.model, self.running_stats)
+        return Objective(_forward(view), self.loss, proximal)
+
+    def _inner_problem(self, tasks: int, support: Episode) -> InnerProblem:
+        seed = None
+        if self.stochastic:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        theta = anchor, _ = (self.anchor(), self.proximal())
+        phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
+        return InnerProblem.bind(
+            self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=self.batching
+        )
+
+    def _over_tasks(self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...]) -> Any:
+        random = self.stochastic
+        call = lambda p, _, *data: one(p, *data)  # noqa: E731
+        return over_tasks(call, phi, None, data, (True,), self.batching, random=random)
+
+    def _heard(self, name: str, solution: Solution) -> None:
+        last = remembered(solution)
+        if last is not None:
+            self._solves[name] = last
+        self.on_solve(name, solution)
+
+
+def _forward(model: nn.Module) -> Callable[..., Any]:
+    """``(phi, *inputs) -> output`` of one task."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return lambda phi, *inputs: functional_call(model, phi, inputs)
+
+    def recurrent(phi: dict[str, Tensor], *inputs: Any) -> Any:
+        # Neither library's fused kernels have a second derivative; torch's own have.
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            return functional_call(model, phi, inputs)
+
+    return recurrent
 
 
 def _count_tasks(name: str, episode: Episode) -> int:
@@ -168,15 +247,15 @@ def _check_kinds(model: Any, solver: Any, meta_gradient: Any) -> None:
         )
     if not isinstance(meta_gradient, MetaGradient):
         raise TypeError(
-            f"meta_gradient must be Implicit(...) or FirstOrder(), got {meta_gradient!r}"
+            f"meta_gradient must be Implicit(...), FirstOrder() or Unrolled(), got {meta_gradient!r}"
         )
 
 
-def _check_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training and getattr(module, "running_mean", None) is not None:
+def _check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
+    for name, module in tracking(model).items() if policy is None else ():
+        if module.training:
             raise ValueError(
                 f"{name or 'model'} ({type(module).__name__}) would update its running statistics while "
-                "it adapts, mixing the tasks: build it with track_running_stats=False to use batch "
-                "statistics, or call .eval() on it to freeze the running ones"
+                "it adapts, mixing the tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or "
+                "PER_TASK, or build the layer with track_running_stats=False"
             )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from implicit_optim._batch import none_left, where
+from implicit_optim._ambient import full_precision
+from implicit_optim._batch import Batching, none_left, where
 from implicit_optim._objective import InnerObjective, InnerProblem
 from implicit_optim._solution import Solution, Status
 from implicit_optim._solver import Solver
@@ -22,6 +22,8 @@ def minimize(
     *data: Any,
     solver: Solver,
     batch_ndim: int = 0,
+    seed: int | None = None,
+    batching: Batching = Batching.VMAP,
 ) -> Solution:
     r"""Minimise one objective per task, ``phi*(theta) = argmin_phi F(phi, theta, *data)``.
 
@@ -37,15 +39,19 @@ def minimize(
         *data: pytrees of tensors ``[*batch, ...]``.
         solver: ``gd``, ``agd``, ``newton_cg`` or ``from_torch(...)``.
         batch_ndim: how many leading dimensions of init and data count tasks.
+        seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed.
+            Default: drawing is an error.
+        batching: how the tasks of a batch are evaluated, see [`Batching`][implicit_optim.Batching].
 
     Returns:
-        A [`Solution`][implicit_optim.Solution]: value like ``init``; ``stats`` has ``steps`` (int32)
-        and ``grad_norm``, the norm of the last gradient evaluated, at the value itself if
-        ``tol > 0``, else one step before it.
+        A [`Solution`][implicit_optim.Solution]: value like ``init``; ``stats`` has ``steps`` (int32),
+        ``initial_grad_norm``, and ``grad_norm``, the norm of the last gradient evaluated, at the value
+        itself if ``tol > 0``, else one step before it.
 
     Raises:
         TypeError: the solver is none, or the objective cannot be called.
         ValueError: shapes do not fit, or the objective returns no scalar.
+        RuntimeError: the objective draws random numbers and there is no seed.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -67,13 +73,19 @@ def minimize(
         raise TypeError(
             f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
         )
-    detach = lambda t: t.detach() if isinstance(t, Tensor) else t  # noqa: E731
-    init, theta, data = pytree.tree_map(detach, (init, theta, data))
-    with torch.no_grad():
-        problem = InnerProblem.bind(objective, init, theta, *data, batch_ndim=batch_ndim)
-        start = problem.layout.ravel(init).clone()  # a task that takes no step must not return init
-        value, status, stats = run(problem, start, solver)
-        return Solution(problem.layout.unravel(value), status, stats)
+    problem = InnerProblem.bind(
+        objective, init, theta, *data, batch_ndim=batch_ndim, seed=seed, batching=batching
+    )
+    value, status, stats = solve(problem, problem.layout.ravel(init), solver)
+    return Solution(problem.layout.unravel(value), status, stats)
+
+
+def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver) -> Solution:
+    """[`minimize`][implicit_optim.minimize] on a bound problem and a flat ``init [*batch, n]``."""
+    _check_not_learned(solver)
+    with torch.no_grad(), full_precision(init.device):
+        # A clone, because a task that takes no step must not return init itself.
+        return run(problem.detach(), init.detach().clone(), solver)
 
 
 def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -> Solution:
@@ -84,7 +96,7 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
     running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
     steps = torch.zeros_like(running, dtype=torch.int32)
-    grad_norm = torch.full_like(running, float("nan"), dtype=phi.dtype)
+    grad_norm = first_norm = torch.full_like(running, float("nan"), dtype=phi.dtype)
     state = solver.init(problem, phi)
 
     def stop(who: Tensor, why: Status) -> None:
@@ -98,6 +110,7 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
             break
         at = solver.evaluate(problem, phi)
         norm = torch.linalg.vector_norm(at.grad, dim=-1)
+        first_norm = norm if k == 0 else first_norm
         grad_norm = torch.where(running, norm, grad_norm)
         stop(~torch.isfinite(norm), Status.NONFINITE)
         if solver.tol > 0:
@@ -112,4 +125,16 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
         steps = steps + running
     if solver.tol > 0:
         stop(running, Status.MAX_STEPS)
-    return Solution(phi, status.to(torch.int8), {"steps": steps, "grad_norm": grad_norm})
+    stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
+    return Solution(phi, status.to(torch.int8), stats)
+
+
+def _check_not_learned(solver: Solver) -> None:
+    """Raise if a setting of the solver wants a gradient that a minimiser does not have."""
+    for name, value in vars(solver).items():
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} of {type(solver).__name__} requires grad, but a minimiser does not depend on "
+                "how it was found, so its gradient would be zero: use meta_gradient=Unrolled() to learn "
+                f"{name} through the steps, or pass a number"
+            )

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicit_optim._ambient import Ambient
+from implicit_optim._batch import Batching, over_tasks
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._proximal import inverse_proximal, proximal
 
@@ -77,6 +79,8 @@ class InnerProblem:
         data: tuple of pytrees; every tensor carries the batch dimensions.
         shared: one flag per batch dimension, outermost first: whether theta is the same for all its
             elements (no such dimension in theta's tensors) or carries the dimension too.
+        ambient: precision and random numbers of every evaluation.
+        batching: how the tasks of a batch are evaluated.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -92,12 +96,23 @@ class InnerProblem:
     theta: Any
     data: tuple[Any, ...]
     shared: tuple[bool, ...]
+    ambient: Ambient
+    batching: Batching
 
     @classmethod
     def bind(
-        cls, objective: InnerObjective, phi: Any, theta: Any, *data: Any, batch_ndim: int = 0
+        cls,
+        objective: InnerObjective,
+        phi: Any,
+        theta: Any,
+        *data: Any,
+        batch_ndim: int = 0,
+        seed: int | None = None,
+        batching: Batching = Batching.VMAP,
     ) -> InnerProblem:
         """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
+
+        Autocast is remembered: whatever evaluates the problem later does so in the same precision.
 
         Raises:
             TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
@@ -122,7 +137,8 @@ class InnerProblem:
         for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
             if isinstance(leaf, Tensor) and leaf.ndim > 0:
                 _check_device(f"theta{keystr(path)}", leaf, first)
-        return cls(objective, layout, theta, data, (True,) * batch_ndim)
+        ambient = Ambient.now(first.device, seed)
+        return cls(objective, layout, theta, data, (True,) * batch_ndim, ambient, batching)
 
     # -- values and derivatives of the sum over the batch ------------------------------------------
 
@@ -197,12 +213,13 @@ class InnerProblem:
         return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
 
     def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
-        """Map ``one(first, theta, *data)`` over the batch; theta is mapped where it is not shared."""
-        for shared in reversed(self.shared):
-            own_theta = None if shared else _tensor_dims(theta)
-            dims = (_tensor_dims(first), own_theta, *_tensor_dims(data))
-            one = torch.func.vmap(one, in_dims=dims)
-        return one(first, theta, *data)
+        """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
+        random = self.ambient.seed is not None
+        args = (first, theta, data, self.shared, self.batching)
+        if torch.compiler.is_compiling() and not random:
+            return over_tasks(one, *args)
+        watched = not self.shared or self.batching is Batching.LOOP
+        return self.ambient.evaluate(lambda: over_tasks(one, *args, random=random), watched=watched)
 
     # -- tensors in and out, for the autograd.Functions --------------------------------------------
 
@@ -218,6 +235,12 @@ class InnerProblem:
             theta=pytree.tree_unflatten(theta, pytree.tree_structure(self.theta)),
         )
 
+    def detach(self) -> InnerProblem:
+        """The same problem over tensors without a graph."""
+        detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        theta, data = pytree.tree_map(detach, (self.theta, self.data))
+        return replace(self, theta=theta, data=data)
+
     def select(self, index: tuple[int, ...]) -> InnerProblem:
         """The problem of one task, without batch dimensions."""
         if not all(self.shared):
@@ -228,10 +251,6 @@ class InnerProblem:
     def add_batch(self, data: list[Any], theta: list[Any], *, shared: bool) -> InnerProblem:
         """The same problem with one more batch dimension in front, carried by these tensors."""
         return replace(self.with_tensors(data, theta), shared=(shared, *self.shared))
-
-
-def _tensor_dims(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
 
 
 def _scalar(value: Any) -> Tensor:

@@ -62,7 +62,8 @@ class Solution(NamedTuple):
     Attributes:
         value: the solution, a tensor or pytree with the batch dimensions ``[*batch, ...]`` leading.
         status: a [`Status`][implicit_optim.Status] code per task, int8 ``[*batch]``.
-        stats: named tensors ``[*batch]`` such as ``steps``, ``residual_norm`` and ``grad_norm``.
+        stats: named tensors ``[*batch]`` such as ``steps``, ``residual_norm`` and ``grad_norm``, and
+            ``lanczos [*batch, steps, 2]`` from CG, for ``ritz_values``.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -80,6 +81,40 @@ class Solution(NamedTuple):
     def share(self, status: Status) -> Tensor:
         """Fraction of the tasks that ended with ``status``, a 0-d tensor that stays on the device."""
         return (self.status == int(status)).to(torch.get_default_dtype()).mean()
+
+    def ritz_values(self) -> tuple[Tensor, Tensor]:
+        r"""Smallest and largest eigenvalue of ``M^-1 A`` as CG saw it, ``[*batch]`` each.
+
+        A is the matrix of the linear solve and M its proximal or damping term (the identity if it has
+        none): with ``A = H + lam I`` they are eigenvalues of A in units of lam, 1 where H is flat,
+        below 1 where H curves down and negative where A does. They lie *inside* the true range and
+        reach its ends as CG goes on; their ratio estimates the condition number from below. They
+        cost nothing during the solve; the small eigenproblem is solved here, on the CPU's clock.
+
+        Returns:
+            The two Ritz values, NaN for a task that took no step.
+
+        Raises:
+            ValueError: this is no solution of CG.
+
+        Source: Golub & Van Loan 2013, section 10.2; Saad 2003, section 6.7.3.
+        """
+        if "lanczos" not in self.stats:
+            raise ValueError("only a solution of linear_solve with CG has Ritz values")
+        diagonal, off = self.stats["lanczos"].unbind(-1)
+        if diagonal.shape[-1] == 0:
+            nan = torch.full_like(self.stats["rhs_norm"], float("nan"))
+            return nan, nan
+        # A step that a task did not take becomes a copy of its first Ritz value: inside the range.
+        first = diagonal[..., :1]
+        taken = torch.isfinite(diagonal)
+        tridiagonal = torch.diag_embed(torch.where(taken, diagonal, first.nan_to_num()))
+        if diagonal.shape[-1] > 1:
+            joined = torch.where(taken[..., 1:], off[..., :-1], 0.0)
+            tridiagonal = tridiagonal + joined.diag_embed(1) + joined.diag_embed(-1)
+        eigenvalues = torch.linalg.eigvalsh(tridiagonal)
+        eigenvalues = torch.where(taken[..., :1], eigenvalues, float("nan"))
+        return eigenvalues[..., 0], eigenvalues[..., -1]
 
     def summary(self) -> str:
         """How many tasks ended how, and what to try for those that failed."""

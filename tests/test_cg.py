@@ -282,6 +282,19 @@ def make(kind, n):
     return matrix, b
 
 
+def same_numbers(batched, alone, place):
+    """Bit for bit; the batch goes on for longer, so that its coefficients end in padding."""
+    for name, expected in alone.items():
+        got = batched[name][place]
+        if name == "lanczos":
+            steps = expected.shape[-2]
+            assert got[..., steps:, 0].isnan().all()
+            got = got[..., :steps, :]
+        if not torch.equal(got.nan_to_num(), expected.nan_to_num()):
+            return False
+    return True
+
+
 @given(
     st.integers(1, 10),
     SEEDS,
@@ -299,8 +312,7 @@ def test_a_task_does_not_notice_its_neighbours(n, seed, kinds, solver, front):
     mine = slice(0, 1) if front else slice(-1, None)
     assert torch.equal(together.value[mine], alone.value)
     assert torch.equal(together.status[mine], alone.status)
-    for name, number in alone.stats.items():
-        assert torch.equal(together.stats[name][mine], number)
+    assert same_numbers(together.stats, alone.stats, mine)
     places = range(1, len(systems)) if front else range(len(others))
     for place, kind in zip(places, kinds, strict=True):
         value, b = together.value[place], rhs[place]
@@ -323,8 +335,8 @@ def test_a_batch_is_its_tasks(n, seed, batch):
         alone = CG(rtol=1e-8).solve(unblocked(matrix[index][None]), b[index][None])
         assert torch.equal(solution.value[index], alone.value[0])
         assert torch.equal(solution.status[index], alone.status[0])
-        for name, number in alone.stats.items():
-            assert torch.equal(solution.stats[name][index], number[0])
+        first = {name: number[0] for name, number in alone.stats.items()}
+        assert same_numbers(solution.stats, first, index)
 
 
 def test_easy_tasks_stop_while_hard_ones_go_on():

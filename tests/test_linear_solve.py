@@ -367,7 +367,7 @@ def test_statuses_under_vmap():
     assert got.status.tolist() == expected
     assert got.status.dtype == torch.int8
     assert torch.allclose(got.value, together.value, rtol=1e-9, equal_nan=True)
-    assert list(got.stats) == ["steps", "residual_norm", "rhs_norm", "stationarity"]
+    assert list(got.stats) == [*CG.stats_names, "stationarity"]
     assert torch.equal(got.stats["steps"], together.stats["steps"])
 
 

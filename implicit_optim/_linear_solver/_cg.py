@@ -60,7 +60,7 @@ class CG(LinearSolver):
     2019, algorithm 2.
     """
 
-    stats_names: ClassVar = ("steps", "residual_norm", "rhs_norm")
+    stats_names: ClassVar = ("steps", "residual_norm", "rhs_norm", "lanczos")
 
     max_steps: int | None = None
     rtol: float | None = None
@@ -88,7 +88,8 @@ class CG(LinearSolver):
             ``stats``: ``steps`` (products that moved the iterate, int32), ``rhs_norm = ||b||`` and
             ``residual_norm``, in b's units: ``||b - A x||`` if there is a tolerance, which costs one
             more product; else that of the recurrence. For a task that was given the first-order
-            direction it is that of ``x = 0``.
+            direction it is that of ``x = 0``. ``lanczos [*batch, steps, 2]`` is what
+            [`Solution.ritz_values`][implicit_optim.Solution] reads.
         """
         n, eps = b.shape[-1], torch.finfo(b.dtype).eps
         max_steps = min(10 * n, 1000) if self.max_steps is None else self.max_steps
@@ -111,6 +112,8 @@ class CG(LinearSolver):
         running = ~nonfinite & (residual_norm > target)
         indefinite = torch.zeros_like(running)
         steps = torch.zeros_like(running, dtype=torch.int32)
+        carried = torch.zeros_like(rhs_norm)  # beta / alpha of the step before
+        lanczos = []  # diagonal and off-diagonal of the tridiagonal matrix that CG builds
 
         for k in range(max_steps):
             if not fixed and k % self.check_every == 0 and none_left(running):
@@ -119,6 +122,7 @@ class CG(LinearSolver):
             curvature, p_norm = _dot(p, Ap), _norm(p)
             norm_of_A = torch.maximum(norm_of_A, torch.where(running, _norm(Ap) / p_norm, 0.0))
             least = torch.maximum(floor * p_in_M, eps * norm_of_A * p_norm.square())
+            diagonal = torch.where(running, curvature / rz + carried, math.nan)
             nonfinite = nonfinite | (running & ~torch.isfinite(curvature))
             indefinite = indefinite | (running & (curvature <= least))
             running = running & ~nonfinite & ~indefinite
@@ -133,6 +137,9 @@ class CG(LinearSolver):
             beta = torch.where(running, rz / rz_before, 0.0)
             p = where(running, z + beta.unsqueeze(-1) * p, p)
             p_in_M = rz + beta.square() * p_in_M
+            carried = torch.where(running, beta / alpha.squeeze(-1), 0.0)
+            off_diagonal = torch.where(running, carried / beta.sqrt(), 0.0)
+            lanczos.append(torch.stack([diagonal, off_diagonal], -1))
 
         nonfinite = nonfinite | ~torch.isfinite(residual_norm)
         stopped_at_once = (steps == 0) & (residual_norm > target)
@@ -147,7 +154,8 @@ class CG(LinearSolver):
             status = torch.where(missed, Status.MAX_STEPS.value, status)
         status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, status)
         status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
-        numbers = (steps, scale * residual_norm, scale * rhs_norm)
+        tridiagonal = torch.stack(lanczos, -2) if lanczos else b.new_zeros((*b.shape[:-1], 0, 2))
+        numbers = (steps, scale * residual_norm, scale * rhs_norm, tridiagonal)
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
 
 

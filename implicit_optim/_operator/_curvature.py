@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicit_optim._ambient import twice_differentiable
 from implicit_optim._objective import InnerProblem
 from implicit_optim._operator._base import Leaves, Linearized, Operator, Vector
 
@@ -108,7 +109,8 @@ class GaussNewton(_Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem, self.phi
-        output, pull = cast(Any, torch.func.vjp(problem.predictions, phi))
+        with twice_differentiable:
+            output, pull = cast(Any, torch.func.vjp(problem.predictions, phi))
         zero = pytree.tree_map(torch.zeros_like, output)
         _, push = cast(Any, torch.func.vjp(lambda y: pull(y)[0], zero))  # J x: the transpose of J^T
         slope, out_hessian, losses = _second_order(problem.losses, output)
@@ -132,5 +134,6 @@ def _second_order(
 
         return torch.func.grad(total, has_aux=True)(x)
 
-    slope, pull, each = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
+    with twice_differentiable:
+        slope, pull, each = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
     return slope, lambda direction: pull(direction)[0], each

@@ -95,7 +95,9 @@ class Solver(abc.ABC):
         """
 
 
-def check_lr(lr: float) -> None:
+def check_lr(lr: float | Tensor) -> None:
     """Raise if a learning rate is not a finite number > 0."""
+    if isinstance(lr, Tensor) and lr.ndim > 0:
+        raise ValueError(f"Invalid lr: it must be a number or a 0-d tensor, got {tuple(lr.shape)}")
     if not 0 < lr < math.inf:
         raise ValueError(f"Invalid lr: {lr}: it must be finite and > 0")

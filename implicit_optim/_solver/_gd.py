@@ -23,7 +23,7 @@ class gd(Solver):
     ``1 - mu/L`` a step.
 
     Args:
-        lr: learning rate, > 0.
+        lr: learning rate, > 0; a 0-d tensor can be learned with ``Unrolled``.
         max_steps: most steps, each one gradient.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
 
@@ -41,7 +41,7 @@ class gd(Solver):
     Source: Rajeswaran et al. 2019, section 4 (iMAML, GD); Nesterov 2004, theorem 2.1.15.
     """
 
-    lr: float
+    lr: float | Tensor
     max_steps: int = 100
     tol: float = 0.0
 

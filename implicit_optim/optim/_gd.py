@@ -106,7 +106,7 @@ def check_tensor_lr(lr: float | Tensor) -> None:
     """Raise ``ValueError`` if lr is not finite and > 0, or a tensor that is not 0-d."""
     if isinstance(lr, Tensor) and lr.ndim != 0:
         raise ValueError(f"Invalid lr of shape {tuple(lr.shape)}: a tensor lr must be 0-d")
-    check_lr(lr)  # type: ignore[arg-type]
+    check_lr(lr)
 
 
 def descend_all(params: Any, grads: Any, lr: float | Tensor) -> None:

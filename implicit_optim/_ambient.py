@@ -1,0 +1,176 @@
+"""What an evaluation depends on beside its arguments: precision, random numbers, kernels.
+
+All evaluations of one inner problem, in the inner solver and in every product of a linear solve, must
+be of one and the same function. `Ambient` remembers autocast and the seed of the moment the problem
+was bound, and brings them back each time; the numbers of a solver itself stay in full precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# torch's generators and kernel switches belong to the whole process: whoever changes them for a
+# moment holds this lock, so that solves in several threads do not see each other's.
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """Precision and random numbers of an inner problem.
+
+    Attributes:
+        device: where it is evaluated.
+        autocast: dtype of autocast, or ``None`` if it is off.
+        seed: what every evaluation draws its random numbers from, or ``None`` if none may be drawn.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+    seed: int | None = None
+
+    @classmethod
+    def now(cls, device: torch.device, seed: int | None = None) -> Ambient:
+        """The precision in force where this is called."""
+        on = _autocast_is_on(device)
+        return cls(device, torch.get_autocast_dtype(device.type) if on else None, seed)
+
+    def evaluate(self, fn: Callable[[], Any], *, watched: bool) -> Any:
+        """Call ``fn`` as things were when the problem was bound.
+
+        Args:
+            fn: the evaluation.
+            watched: look whether random numbers were drawn without a seed, as ``vmap`` does by itself.
+
+        Raises:
+            RuntimeError: they were, or ``fn`` raised it; the message says what to do.
+        """
+        try:
+            with self._precision():
+                if self.seed is not None:
+                    with _drawing_from(self.seed, self.device):
+                        return fn()
+                before = _states(self.device) if watched else []
+                result = fn()
+                if watched and _states(self.device) != before:
+                    with _LOCK:  # once more, in case that it was another thread that drew
+                        before = _states(self.device)
+                        fn()
+                        if _states(self.device) != before:
+                            raise RuntimeError("called a random operation in randomness error mode")
+                return result
+        except RuntimeError as error:
+            for symptom, hint in _HINTS.items():
+                if symptom in str(error):
+                    raise RuntimeError(f"{hint}\n(torch: {error})") from error
+            raise
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None and not _autocast_is_on(self.device):
+            return contextlib.nullcontext()
+        # No cache: casts made under one transform must not be seen by another.
+        on = self.autocast is not None
+        return torch.autocast(self.device.type, self.autocast, on, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast off: dot products in 16 bits would ruin a solve."""
+    if not _autocast_is_on(device):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _autocast_is_on(device: torch.device) -> bool:
+    available = torch.amp.is_autocast_available(device.type)  # the meta device has none
+    return available and torch.is_autocast_enabled(device.type)
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    generators = _generators(device)
+    with _LOCK:
+        with temporarily_clear_interpreter_stack():  # the states are no part of any transform
+            states = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with temporarily_clear_interpreter_stack():
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
+
+
+def _states(device: torch.device) -> list[bytes]:
+    with temporarily_clear_interpreter_stack():
+        return [generator.get_state().numpy().tobytes() for generator in _generators(device)]
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+class _TwiceDifferentiable:
+    """Attention kernels that have a second derivative, as long as anyone is inside."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.switched: contextlib.ExitStack
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with _LOCK:
+            if self.inside == 0:
+                self.switched = contextlib.ExitStack()
+                self.switched.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with _LOCK:
+            self.inside -= 1
+            if self.inside == 0:
+                self.switched.close()
+
+
+twice_differentiable = _TwiceDifferentiable()
+
+
+_HINTS = {
+    "randomness error mode": (
+        "the objective draws random numbers (dropout?), so that every evaluation would be of another "
+        "function: give minimize and attach the same seed=..., or MetaLearner stochastic=True, to "
+        "draw the same numbers each time; or call .eval() on those modules"
+    ),
+    "saved tensor hooks": (
+        "torch.func transforms do not support activation checkpointing (torch.utils.checkpoint): turn "
+        "it off in the inner model; the memory of an implicit gradient does not grow with the steps"
+    ),
+    "expected scalar type": (
+        "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
+        "or evaluate under torch.autocast"
+    ),
+    "must have the same dtype": (
+        "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
+        "or evaluate under torch.autocast"
+    ),
+    "Batching rule not implemented": (
+        "an operation of the objective cannot be batched over tasks by vmap (nn.LSTM, nn.GRU and "
+        "nn.RNN, for instance): use batching=iopt.Batching.LOOP"
+    ),
+}

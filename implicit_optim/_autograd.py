@@ -1,0 +1,128 @@
+"""What the library's autograd.Functions share: saving, batching, derivatives by single leaves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Leaves = list[Any]
+
+
+def save(ctx: Any, output: Tensor, leaves: Sequence[Any]) -> None:
+    """Keep a Function's output and its leaves, tensors or not, for either mode."""
+    ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    tensors = (output, *(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def saved(ctx: Any, *, forward: bool = False) -> tuple[Tensor, Leaves]:
+    """What [`save`][] kept; in forward mode without the tangents of the current level."""
+    tensors = ctx.saved_tensors
+    if forward:
+        tensors = [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+    output, *leaves = tensors
+    return output, [o if t is None else t for t, o in zip(leaves, ctx.others, strict=True)]
+
+
+def lead(tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> Leaves:
+    """Give every tensor the new batch dimension in front, by moving it there or by a view.
+
+    Args:
+        tensors: tensors, or other leaves, which stay as they are.
+        dims: where the batch dimension of each stands, ``None`` for one that has none.
+        size: length of the batch dimension.
+
+    Returns:
+        The tensors ``[size, *shape]``.
+    """
+
+    def move(t: Any, dim: int | None) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    return [move(t, d) for t, d in zip(tensors, dims, strict=True)]
+
+
+def split_grads(
+    fn: Callable[[Leaves], Any], leaves: Sequence[Any], needed: Sequence[bool], cotangent: Any
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of ``fn(leaves)`` with respect to the leaves that are needed.
+
+    Args:
+        fn: function of the list of leaves.
+        leaves: tensors and others.
+        needed: which of them want a gradient.
+        cotangent: like ``fn``'s value.
+
+    Returns:
+        One gradient a leaf, ``None`` where none is needed.
+    """
+    result: list[Tensor | None] = [None] * len(leaves)
+    chosen = [i for i, need in enumerate(needed) if need]
+    if chosen:
+        of_chosen, values = _of_chosen(fn, leaves, chosen)
+        _, pull = cast(Any, torch.func.vjp(of_chosen, *values))
+        for i, gradient in zip(chosen, pull(cotangent), strict=True):
+            result[i] = gradient
+    return result
+
+
+def push_forward(
+    fn: Callable[[Leaves], Any], leaves: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> Any:
+    """Jacobian-vector product of ``fn(leaves)``, or ``None`` if no leaf moves.
+
+    Args:
+        fn: function of the list of leaves.
+        leaves: tensors and others.
+        tangents: one a leaf, ``None`` for those that do not move.
+
+    Returns:
+        The tangent of ``fn``'s value.
+    """
+    chosen = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    if not chosen:
+        return None
+    of_chosen, values = _of_chosen(fn, leaves, chosen)
+    along = [tangents[i] for i in chosen]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.func.jvp(of_chosen, tuple(values), tuple(along))[1]
+    # Inside plain dual numbers torch.func.jvp would be a second level, which torch refuses.
+    duals = [forward_ad.make_dual(v, t) for v, t in zip(values, along, strict=True)]
+    return forward_ad.unpack_dual(of_chosen(*duals)).tangent
+
+
+def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the ``jvp`` of an autograd.Function be differentiated in forward mode again.
+
+    torch turns forward mode off while it runs such a method: a second, outer tangent would be dropped
+    without a word.
+    """
+
+    @functools.wraps(jvp)
+    def enabled(*args: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(*args)
+
+    return enabled
+
+
+def _of_chosen(
+    fn: Callable[[Leaves], Any], leaves: Sequence[Any], chosen: list[int]
+) -> tuple[Callable[..., Any], Leaves]:
+    """``fn`` as a function of the chosen leaves alone, and their values."""
+
+    def of_chosen(*values: Tensor) -> Any:
+        merged = list(leaves)
+        for i, value in zip(chosen, values, strict=True):
+            merged[i] = value
+        return fn(merged)
+
+    return of_chosen, [leaves[i] for i in chosen]
