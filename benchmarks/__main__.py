@@ -1,5 +1,19 @@
-"""`make bench`: run every benchmark; tables go to the terminal, figures to benchmarks/results/."""
+"""`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-from benchmarks import cost
+python -m benchmarks [cost] [soak]
+"""
 
-cost.main()
+import argparse
+
+from benchmarks import cost, soak
+
+BENCHMARKS = {"cost": cost.main, "soak": soak.main}
+
+parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")
+names = parser.parse_args().names
+unknown = set(names) - set(BENCHMARKS)
+if unknown:
+    parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+for name in names or BENCHMARKS:
+    BENCHMARKS[name]()

@@ -122,7 +122,7 @@ class Report:
                        50 steps, ||grad|| ... of the first
         linear_solve   3 of 3 success
                        1 steps, residual ... of ||v||, ||grad G(phi)|| ...
-                       eigenvalues from 7 to 7 in units of lam, condition number 1
+                       eigenvalues from 7 to 7, condition number 1
         Nothing to change.
     """
 
@@ -177,8 +177,8 @@ class Report:
             lines.append(f"{detail}, ||grad G(phi)|| {get('stationarity'):.2g}")
             if "lanczos" in solution.stats:
                 lines.append(
-                    f"{'':<14} eigenvalues from {get('smallest'):.3g} to {get('largest'):.3g} in units "
-                    f"of lam, condition number {get('condition'):.3g}"
+                    f"{'':<14} eigenvalues from {get('smallest'):.3g} to {get('largest'):.3g}, "
+                    f"condition number {get('condition'):.3g}"
                 )
         return "\n".join([*lines, self.advice()]) if lines else "No solve so far."
 

@@ -83,16 +83,18 @@ class Solution(NamedTuple):
         return (self.status == int(status)).to(torch.get_default_dtype()).mean()
 
     def ritz_values(self) -> tuple[Tensor, Tensor]:
-        r"""Smallest and largest eigenvalue of ``M^-1 A`` as CG saw it, ``[*batch]`` each.
+        r"""Smallest and largest eigenvalue of the matrix A of a linear solve, as CG saw it.
 
-        A is the matrix of the linear solve and M its proximal or damping term (the identity if it has
-        none): with ``A = H + lam I`` they are eigenvalues of A in units of lam, 1 where H is flat,
-        below 1 where H curves down and negative where A does. They lie *inside* the true range and
-        reach its ends as CG goes on; their ratio estimates the condition number from below. They
-        cost nothing during the solve; the small eigenproblem is solved here, on the CPU's clock.
+        They lie *inside* the true range and reach its ends as CG goes on: estimates of mu from above,
+        of the condition number from below. A smallest one below lam says that the data term curves
+        down, a negative one that A is indefinite. They cost nothing during the solve; the small
+        eigenproblem is solved when this is called.
+
+        Where the proximal term M is no multiple of the identity, CG sees ``M^-1 A``: these are its
+        eigenvalues, times the mean strength ``b.b / b.M^-1 b`` of M.
 
         Returns:
-            The two Ritz values, NaN for a task that took no step.
+            The two Ritz values, ``[*batch]`` each, NaN for a task that took no step.
 
         Raises:
             ValueError: this is no solution of CG.

@@ -496,6 +496,17 @@ def test_min_curvature_is_a_share_of_lam(share, floor, lam):
         assert x.tolist() == pytest.approx([1 / (share * lam), 0.0])
 
 
+@pytest.mark.parametrize(("settings", "floor"), [({"max_steps": 3}, 0.1), ({"rtol": 1e-8}, 0.0)])
+def test_min_curvature_by_default_is_for_few_steps_and_not_for_a_tolerance(settings, floor):
+    """One step to either side of a tenth of M = 1; with a tolerance even a thousandth is solved."""
+    for share in (0.099, 0.101, 0.001):
+        operator = Linearized(lambda r: share * r, lambda r: r.clone())  # noqa: B023
+        x, status, _ = CG(**settings).solve(operator, torch.ones(1, dtype=F64))
+        assert x.item() == pytest.approx(1.0 if share < floor else 1 / share)
+        expected = Status.NEGATIVE_CURVATURE if share < floor else Status.SUCCESS
+        assert status == expected
+
+
 @given(st.integers(1, 12), SEEDS, st.sampled_from([0.0, 0.1, 0.99]))
 def test_min_curvature_changes_nothing_where_the_data_term_is_convex(n, seed, floor):
     data, b = spd(seed, n, 100.0, (2,))

@@ -41,8 +41,9 @@ class CG(LinearSolver):
         min_curvature: for an operator that knows its proximal or damping term M, count
             ``p.Ap <= min_curvature p.Mp`` as negative curvature too; otherwise only ``p.Ap <= 0``.
             Where the data term is convex any value below 1 changes nothing. Where its negative
-            curvature nearly cancels M, the solve would come out up to ``1 / min_curvature`` times too
-            long along p, with nothing else to show for it; 0 lets it.
+            curvature nearly cancels M, a few steps would come out up to ``1 / min_curvature`` times too
+            long along p, with nothing else to show for it. Default: 0.1 for a fixed number of steps;
+            0 with a tolerance, which asks for the solution whatever it is.
 
     Raises:
         ValueError: a setting is out of range.
@@ -66,7 +67,7 @@ class CG(LinearSolver):
     rtol: float | None = None
     atol: float = 0.0
     check_every: int = 1
-    min_curvature: float = 0.1
+    min_curvature: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_steps < 0:
@@ -77,7 +78,7 @@ class CG(LinearSolver):
             raise ValueError(f"Invalid atol: {self.atol}: it must be finite and >= 0")
         if self.check_every < 1:
             raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
-        if not 0 <= self.min_curvature < 1:
+        if self.min_curvature is not None and not 0 <= self.min_curvature < 1:
             raise ValueError(f"Invalid min_curvature: {self.min_curvature}: it must lie in [0, 1)")
 
     @torch.no_grad()
@@ -104,9 +105,13 @@ class CG(LinearSolver):
         target = torch.maximum(max(rtol, eps) * rhs_norm, self.atol / scale)
 
         first_order = operator.precondition(b)
-        floor = 0.0 if first_order is b else self.min_curvature
+        least_share = (0.1 if fixed else 0.0) if self.min_curvature is None else self.min_curvature
+        floor = 0.0 if first_order is b else least_share
         x, r, p, rz = torch.zeros_like(b), b, first_order, _dot(b, first_order)
         p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
+        strength = torch.where(
+            rz > 0, rhs_norm.square() / rz, 1.0
+        )  # M, where it is a multiple of I
         norm_of_A = torch.zeros_like(rhs_norm)  # a lower bound, for what rounding makes of zero
         nonfinite = ~torch.isfinite(rhs_norm)
         running = ~nonfinite & (residual_norm > target)
@@ -155,6 +160,7 @@ class CG(LinearSolver):
         status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, status)
         status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
         tridiagonal = torch.stack(lanczos, -2) if lanczos else b.new_zeros((*b.shape[:-1], 0, 2))
+        tridiagonal = tridiagonal * strength[..., None, None]
         numbers = (steps, scale * residual_norm, scale * rhs_norm, tridiagonal)
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
 
