@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # torch's generators and kernel switches belong to the whole process: whoever changes them for a
 # moment holds this lock, so that solves in several threads do not see each other's.
@@ -42,11 +41,12 @@ class Ambient:
         on = _autocast_is_on(device)
         return cls(device, torch.get_autocast_dtype(device.type) if on else None, seed)
 
-    def evaluate(self, fn: Callable[[], Any], *, watched: bool) -> Any:
+    def evaluate(self, fn: Callable[[], Any], *, start: int = 0, watched: bool) -> Any:
         """Call ``fn`` as things were when the problem was bound.
 
         Args:
             fn: the evaluation.
+            start: the first task that it evaluates: other tasks draw other numbers.
             watched: look whether random numbers were drawn without a seed, as ``vmap`` does by itself.
 
         Raises:
@@ -55,7 +55,7 @@ class Ambient:
         try:
             with self._precision():
                 if self.seed is not None:
-                    with _drawing_from(self.seed, self.device):
+                    with _drawing_from(self.seed + start, self.device):
                         return fn()
                 before = _states(self.device) if watched else []
                 result = fn()
@@ -123,20 +123,21 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
-class _TwiceDifferentiable:
-    """Attention kernels that have a second derivative, as long as anyone is inside."""
+class _Switched:
+    """Kernels that have a second derivative, as long as anyone is inside, in whatever thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *switches: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self.switches = switches
         self.inside = 0
-        self.switched: contextlib.ExitStack
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             return
         with _LOCK:
             if self.inside == 0:
-                self.switched = contextlib.ExitStack()
-                self.switched.enter_context(sdpa_kernel(SDPBackend.MATH))
+                for switch in self.switches:
+                    self.stack.enter_context(switch())
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -145,10 +146,33 @@ class _TwiceDifferentiable:
         with _LOCK:
             self.inside -= 1
             if self.inside == 0:
-                self.switched.close()
+                self.stack.close()
 
 
-twice_differentiable = _TwiceDifferentiable()
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Only the kernel of scaled_dot_product_attention that has a second derivative.
+
+    torch.nn.attention.sdpa_kernel must be left by the thread that entered it; this need not.
+    """
+    cuda = torch.backends.cuda
+    fused = ("flash", "mem_efficient", "cudnn")
+    wanted = dict.fromkeys(fused, False) | {"math": True}
+    before = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in wanted}
+    try:
+        for name, enabled in wanted.items():
+            getattr(cuda, f"enable_{name}_sdp")(enabled)
+        yield
+    finally:
+        for name, enabled in before.items():
+            getattr(cuda, f"enable_{name}_sdp")(enabled)
+
+
+twice_differentiable = _Switched(_plain_attention)
+unfused = _Switched(
+    lambda: torch.backends.cudnn.flags(enabled=False),
+    lambda: torch.backends.mkldnn.flags(enabled=False),
+)
 
 
 _HINTS = {
@@ -171,6 +195,6 @@ _HINTS = {
     ),
     "Batching rule not implemented": (
         "an operation of the objective cannot be batched over tasks by vmap (nn.LSTM, nn.GRU and "
-        "nn.RNN, for instance): use batching=iopt.Batching.LOOP"
+        "nn.RNN, for instance): use batching=iopt.Batching(chunk_size=1)"
     ),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +12,73 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class Batching(enum.Enum):
-    """How a function of one task is evaluated for a whole batch; the numbers are the same.
+@dataclass(frozen=True)
+class Batching:
+    """How the tasks of a batch are evaluated and solved.
 
-    Attributes:
-        VMAP: one batched call, with ``torch.func.vmap``.
-        LOOP: one call after the other, for operations that ``vmap`` does not know, such as ``nn.LSTM``.
+    Tasks are independent: every way computes the same, up to the rounding of differently shaped
+    matrix products.
+
+    Args:
+        chunk_size: tasks solved together, by ``torch.func.vmap``; the memory of a solve is that of a
+            chunk. 1 does without ``vmap``, for operations that it does not know, such as ``nn.LSTM``.
+            Default: all of them, or an equal share for each thread.
+        threads: chunks that are solved at the same time, each in a thread of its own with one
+            intra-op thread: on a CPU, faster than ``vmap`` for convolutions. The objective must be
+            safe to call from several threads; ``torch.func.functional_call`` on one module is not,
+            but [`MetaLearner`][implicit_optim.MetaLearner] sees to that.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Examples:
         >>> import torch, implicit_optim as iopt
-        >>> problem = iopt.InnerProblem.bind(
-        ...     lambda phi, theta: phi @ phi,
-        ...     torch.ones(2, 3),
-        ...     (),
-        ...     batch_ndim=1,
-        ...     batching=iopt.Batching.LOOP,
-        ... )
-        >>> problem.values(torch.ones(2, 3)).tolist()
-        [3.0, 3.0]
+        >>> iopt.Batching(chunk_size=2).chunks(5)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+        >>> iopt.Batching(threads=2).chunks(5)
+        [slice(0, 3, None), slice(3, 5, None)]
     """
 
-    VMAP = enum.auto()
-    LOOP = enum.auto()
+    chunk_size: int | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"Invalid chunk_size: {self.chunk_size}: it must be >= 1")
+        if self.threads < 1:
+            raise ValueError(f"Invalid threads: {self.threads}: it must be >= 1")
+
+    @property
+    def loops(self) -> bool:
+        """Whether it does without ``vmap``."""
+        return self.chunk_size == 1
+
+    def chunks(self, tasks: int) -> list[slice]:
+        """The chunks of ``tasks`` tasks, in order."""
+        size = self.chunk_size or -(-tasks // self.threads)
+        return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
+
+    def run(self, solve: Callable[[slice], Any], tasks: int) -> list[Any]:
+        """Call ``solve`` on every chunk, in threads where autograd does not record."""
+        chunks = self.chunks(tasks)
+        workers = min(self.threads, len(chunks))
+        if workers < 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return [solve(chunk) for chunk in chunks]
+        threads = torch.get_num_threads()
+
+        def alone(chunk: slice) -> Any:
+            torch.set_num_threads(1)
+            with torch.no_grad():
+                return solve(chunk)
+
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                return list(pool.map(alone, chunks))
+        finally:
+            torch.set_num_threads(threads)  # for threads that start later
+
+
+WHOLE = Batching()
 
 
 def over_tasks(
@@ -41,8 +87,9 @@ def over_tasks(
     theta: Any,
     data: tuple[Any, ...],
     shared: tuple[bool, ...],
-    batching: Batching,
+    batching: Batching = WHOLE,
     *,
+    call: Callable[[Callable[[], Any], int], Any] = lambda evaluate, start: evaluate(),
     random: bool = False,
 ) -> Any:
     """Evaluate ``one(first, theta, *data)`` for every task.
@@ -53,29 +100,36 @@ def over_tasks(
         theta: pytree; a batch dimension is mapped where it is not shared.
         data: pytrees of tensors ``[*batch, ...]``.
         shared: one flag a batch dimension, outermost first: whether theta lacks it.
-        batching: how.
+        batching: the chunks in which the outermost dimension is gone through.
+        call: calls ``evaluate``, the function of a chunk, given the chunk's first task.
         random: whether ``one`` may draw random numbers.
 
     Returns:
         A pytree of tensors ``[*batch, ...]``.
     """
     if not shared:
-        return one(first, theta, *data)
-    if batching is Batching.LOOP:
+        return call(lambda: one(first, theta, *data), 0)
+    loops, tasks = batching.loops, _size(first)
+    places: list[Any] = list(range(tasks)) if loops else batching.chunks(tasks)
+    if loops or len(places) > 1:
         results = []
-        for i in range(_size(first)):
-            own = theta if shared[0] else _pick(theta, i)
-            args = (_pick(first, i), own, _pick(data, i), shared[1:], batching)
-            results.append(over_tasks(one, *args))
-        return pytree.tree_map(lambda *each: torch.stack(each), *results)
+        for place in places:
+            start = place if loops else place.start
+            within = lambda evaluate, _, start=start: call(evaluate, start)  # noqa: E731
+            own = theta if shared[0] else _pick(theta, place)
+            args = (_pick(first, place), own, _pick(data, place), shared[loops:])
+            inner = batching if loops else WHOLE
+            results.append(over_tasks(one, *args, inner, call=within, random=random))
+        join: Callable[..., Tensor] = torch.stack if loops else torch.cat
+        return pytree.tree_map(lambda *each: join(each), *results)
     for is_shared in reversed(shared):
         dims = (_dims(first), None if is_shared else _dims(theta), *_dims(data))
         one = torch.func.vmap(one, in_dims=dims, randomness="different" if random else "error")
-    return one(first, theta, *data)
+    return call(lambda: one(first, theta, *data), 0)
 
 
-def _pick(tree: Any, i: int) -> Any:
-    return pytree.tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, tree)
+def _pick(tree: Any, where: int | slice) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _dims(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
-from implicit_optim._batch import Batching
+from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._objective import InnerObjective, InnerProblem, Objective
@@ -32,7 +32,7 @@ def attach(
     curvature: Curvature = Hessian,
     batch_ndim: int = 0,
     seed: int | None = None,
-    batching: Batching = Batching.VMAP,
+    batching: Batching = WHOLE,
     on_solve: OnSolve | None = None,
 ) -> Any:
     r"""Make a minimiser ``phi`` a differentiable function of theta and of the data.
@@ -136,18 +136,42 @@ class Rule:
         return solution.value
 
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
-        """``d <w, grad_phi F> / d tensors``; of a structured F only the part each tensor is in."""
-        count = self.count
-        if not isinstance(self.problem.objective, Objective):
-            return split_grads(lambda ts: self.bind(ts).grad(phi), tensors, needed, w)
+        """``d <w, grad_phi F> / d tensors``: of the data a gradient per task, of theta their sum."""
+        problem = self.bind(tensors)
+        if not all(problem.shared[:1]) or not problem.shared:
+            return self._mixed(problem, phi, needed, w)
+        parts = problem.batching.run(
+            lambda tasks: self._mixed(problem.part(tasks), phi[tasks], needed, w[tasks]),
+            phi.shape[0],
+        )
 
+        def join(i: int, pieces: tuple[Tensor, ...]) -> Tensor:
+            return torch.cat(pieces) if i < self.count else sum(pieces[1:], pieces[0])
+
+        each = enumerate(zip(*parts, strict=True))
+        return [None if pieces[0] is None else join(i, pieces) for i, pieces in each]
+
+    def _mixed(
+        self, problem: InnerProblem, phi: Tensor, needed: list[bool], w: Tensor
+    ) -> list[Any]:
+        count = self.count
+        data, theta = problem.tensors()
+        leaves = [*data, *theta]
+
+        def bind(leaves: list[Any]) -> InnerProblem:
+            return problem.with_tensors(leaves[:count], leaves[count:])
+
+        if not isinstance(problem.objective, Objective):
+            return split_grads(lambda leaves: bind(leaves).grad(phi), leaves, needed, w)
+
+        # Of a structured F, only the part that each tensor is in.
         def part(term: Callable[[InnerProblem, Tensor], Tensor]) -> Callable[[list[Any]], Tensor]:
-            return lambda ts: torch.func.grad(lambda p: term(self.bind(ts), p).sum())(phi)
+            return lambda leaves: torch.func.grad(lambda p: term(bind(leaves), p).sum())(phi)
 
         of_data = [need and i < count for i, need in enumerate(needed)]
         of_theta = [need and i >= count for i, need in enumerate(needed)]
-        data = split_grads(part(InnerProblem.fits), tensors, of_data, w)
-        theta = split_grads(part(InnerProblem.proximals), tensors, of_theta, w)
+        data = split_grads(part(InnerProblem.fits), leaves, of_data, w)
+        theta = split_grads(part(InnerProblem.proximals), leaves, of_theta, w)
         return [*data[:count], *theta[count:]]
 
 

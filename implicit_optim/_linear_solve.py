@@ -14,7 +14,7 @@ from implicit_optim._ambient import full_precision
 from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import Operator
-from implicit_optim._solution import Solution
+from implicit_optim._solution import Solution, joined
 
 _DEFAULT = CG()
 
@@ -73,13 +73,19 @@ class _LinearSolve(torch.autograd.Function):
         blank: Operator, solver: LinearSolver, count: int, b: Tensor, *tensors: Any
     ) -> tuple[Any, ...]:
         operator = blank.with_tensors(list(tensors[:count]), list(tensors[count:]))
+
+        def solve(part: Operator, tasks: slice) -> Solution:
+            linearized, rhs = part.linearize(), b[tasks] if b.ndim > 1 else b
+            value, status, stats = solver.solve(linearized, rhs)
+            gradient = linearized.gradient
+            if gradient is None:
+                gradient = torch.full_like(rhs, math.nan)
+            norm = torch.linalg.vector_norm(gradient, dim=-1)
+            return Solution(value, status, stats | {"stationarity": norm})
+
         with full_precision(b.device):
-            linearized = operator.linearize()
-            value, status, stats = solver.solve(linearized, b)
-        gradient = (
-            b.new_full(b.shape, math.nan) if linearized.gradient is None else linearized.gradient
-        )
-        return (value, status, *stats.values(), torch.linalg.vector_norm(gradient, dim=-1))
+            value, status, stats = joined(operator.parts(solve))
+        return (value, status, *stats.values())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicit_optim._batch import Batching, over_tasks
+from implicit_optim._ambient import unfused
+from implicit_optim._batch import WHOLE, Batching, over_tasks
 from implicit_optim._implicit import OnSolve
 from implicit_optim._meta_gradient import Implicit, MetaGradient
 from implicit_optim._objective import InnerProblem, Objective
@@ -21,6 +23,7 @@ from implicit_optim._running_stats import (
     RunningStats,
     adapting,
     predicting,
+    shallow_copy,
     statistics,
     tracking,
 )
@@ -57,7 +60,8 @@ class MetaLearner(nn.Module):
         stochastic: whether the model draws random numbers (dropout). Every evaluation of one call,
             in the inner steps and in every product of a linear solve, then draws the same ones, from
             a seed that torch's generator gives.
-        batching: how the tasks are evaluated, see [`Batching`][implicit_optim.Batching].
+        batching: how the tasks are solved, see [`Batching`][implicit_optim.Batching]. Default: all at
+            once; on a CPU, models with convolutions in as many threads as torch may use.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -90,7 +94,7 @@ class MetaLearner(nn.Module):
         on_solve: OnSolve | None = None,
         running_stats: RunningStats | None = None,
         stochastic: bool = False,
-        batching: Batching = Batching.VMAP,
+        batching: Batching | None = None,
     ) -> None:
         super().__init__()
         meta_gradient = Implicit() if meta_gradient is None else meta_gradient
@@ -197,14 +201,22 @@ class MetaLearner(nn.Module):
             seed = int(torch.randint(2**62, (), device="cpu"))
         theta = anchor, _ = (self.anchor(), self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
+        batching = self._automatic(tasks) if self.batching is None else self.batching
         return InnerProblem.bind(
-            self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=self.batching
+            self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=batching
         )
 
+    def _automatic(self, tasks: int) -> Batching:
+        """What was measured to be fastest, see docs/cost.md."""
+        weights = list(self.anchor().values())
+        if weights[0].device.type != "cpu" or all(weight.ndim < 3 for weight in weights):
+            return WHOLE
+        return Batching(threads=min(tasks, torch.get_num_threads()))
+
     def _over_tasks(self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...]) -> Any:
-        random = self.stochastic
+        batching = WHOLE if self.batching is None else self.batching
         call = lambda p, _, *data: one(p, *data)  # noqa: E731
-        return over_tasks(call, phi, None, data, (True,), self.batching, random=random)
+        return over_tasks(call, phi, None, data, (True,), batching, random=self.stochastic)
 
     def _heard(self, name: str, solution: Solution) -> None:
         last = remembered(solution)
@@ -214,16 +226,22 @@ class MetaLearner(nn.Module):
 
 
 def _forward(model: nn.Module) -> Callable[..., Any]:
-    """``(phi, *inputs) -> output`` of one task."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        return lambda phi, *inputs: functional_call(model, phi, inputs)
+    """``(phi, *inputs) -> output`` of one task, safe to call from several threads."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    home, views = threading.get_ident(), threading.local()
 
-    def recurrent(phi: dict[str, Tensor], *inputs: Any) -> Any:
-        # Neither library's fused kernels have a second derivative; torch's own have.
-        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-            return functional_call(model, phi, inputs)
+    def forward(phi: dict[str, Tensor], *inputs: Any) -> Any:
+        view = model
+        if threading.get_ident() != home:  # functional_call puts phi into the module for a moment
+            if not hasattr(views, "own"):
+                views.own = shallow_copy(model)
+            view = views.own
+        if not recurrent:
+            return functional_call(view, phi, inputs)
+        with unfused:
+            return functional_call(view, phi, inputs)
 
-    return recurrent
+    return forward
 
 
 def _count_tasks(name: str, episode: Episode) -> int:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision
-from implicit_optim._batch import Batching, none_left, where
+from implicit_optim._batch import WHOLE, Batching, none_left, where
 from implicit_optim._objective import InnerObjective, InnerProblem
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution, Status, joined
 from implicit_optim._solver import Solver
 
 
@@ -23,7 +23,7 @@ def minimize(
     solver: Solver,
     batch_ndim: int = 0,
     seed: int | None = None,
-    batching: Batching = Batching.VMAP,
+    batching: Batching = WHOLE,
 ) -> Solution:
     r"""Minimise one objective per task, ``phi*(theta) = argmin_phi F(phi, theta, *data)``.
 
@@ -83,9 +83,16 @@ def minimize(
 def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver) -> Solution:
     """[`minimize`][implicit_optim.minimize] on a bound problem and a flat ``init [*batch, n]``."""
     _check_not_learned(solver)
-    with torch.no_grad(), full_precision(init.device):
+    problem, init = problem.detach(), init.detach()
+
+    def part(tasks: slice) -> Solution:
         # A clone, because a task that takes no step must not return init itself.
-        return run(problem.detach(), init.detach().clone(), solver)
+        return run(problem.part(tasks), init[tasks].clone(), solver)
+
+    with torch.no_grad(), full_precision(init.device):
+        if len(problem.shared) == 0:
+            return run(problem, init.clone(), solver)
+        return joined(problem.batching.run(part, init.shape[0]))
 
 
 def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -> Solution:

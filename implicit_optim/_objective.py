@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient
-from implicit_optim._batch import Batching, over_tasks
+from implicit_optim._batch import WHOLE, Batching, over_tasks
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._proximal import inverse_proximal, proximal
 
@@ -80,7 +80,8 @@ class InnerProblem:
         shared: one flag per batch dimension, outermost first: whether theta is the same for all its
             elements (no such dimension in theta's tensors) or carries the dimension too.
         ambient: precision and random numbers of every evaluation.
-        batching: how the tasks of a batch are evaluated.
+        batching: how the tasks of a batch are evaluated and solved.
+        first: place of the first task in the batch that this problem is a part of.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -98,6 +99,7 @@ class InnerProblem:
     shared: tuple[bool, ...]
     ambient: Ambient
     batching: Batching
+    first: int = 0
 
     @classmethod
     def bind(
@@ -108,7 +110,7 @@ class InnerProblem:
         *data: Any,
         batch_ndim: int = 0,
         seed: int | None = None,
-        batching: Batching = Batching.VMAP,
+        batching: Batching = WHOLE,
     ) -> InnerProblem:
         """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
 
@@ -218,8 +220,12 @@ class InnerProblem:
         args = (first, theta, data, self.shared, self.batching)
         if torch.compiler.is_compiling() and not random:
             return over_tasks(one, *args)
-        watched = not self.shared or self.batching is Batching.LOOP
-        return self.ambient.evaluate(lambda: over_tasks(one, *args, random=random), watched=watched)
+        watched = not self.shared or self.batching.loops
+
+        def call(evaluate: Callable[[], Any], start: int) -> Any:
+            return self.ambient.evaluate(evaluate, start=self.first + start, watched=watched)
+
+        return over_tasks(one, *args, call=call, random=random)
 
     # -- tensors in and out, for the autograd.Functions --------------------------------------------
 
@@ -240,6 +246,15 @@ class InnerProblem:
         detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
         theta, data = pytree.tree_map(detach, (self.theta, self.data))
         return replace(self, theta=theta, data=data)
+
+    def part(self, tasks: slice) -> InnerProblem:
+        """The problems of some tasks of the outermost batch dimension, to be solved together."""
+        pick = lambda leaf: leaf[tasks] if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        data = pytree.tree_map(pick, self.data)
+        theta = self.theta if self.shared[0] else pytree.tree_map(pick, self.theta)
+        batching = self.batching if self.batching.loops else WHOLE
+        first = self.first + tasks.start
+        return replace(self, data=data, theta=theta, batching=batching, first=first)
 
     def select(self, index: tuple[int, ...]) -> InnerProblem:
         """The problem of one task, without batch dimensions."""

@@ -152,6 +152,20 @@ def _substituted(model: nn.Module, other: Callable[[Any], nn.Module]) -> nn.Modu
     return visit(model)
 
 
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """Another module tree over the same parameters and buffers."""
+    model = getattr(model, "_orig_mod", model)
+    made: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            made[id(module)] = copy = _shallow(module)
+            copy._modules.update({k: c and visit(c) for k, c in module._modules.items()})
+        return made[id(module)]
+
+    return visit(model)
+
+
 def _shallow(module: nn.Module) -> Any:
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__ = dict(module.__dict__)

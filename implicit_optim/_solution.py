@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,3 +125,19 @@ class Solution(NamedTuple):
         text = f"{counts.pop(Status.SUCCESS)} of {self.status.numel()} success"
         failed = [f"{c} {s.name.lower()}: {s.message}" for s, c in counts.items() if c]
         return ", ".join([text, *failed])
+
+
+def joined(parts: Sequence[Solution]) -> Solution:
+    """The solution of a batch from those of its parts; the shorter ``lanczos`` end in padding."""
+    if len(parts) == 1:
+        return parts[0]
+    value, status = torch.cat([p.value for p in parts]), torch.cat([p.status for p in parts])
+    stats = {}
+    for name in parts[0].stats:
+        pieces = [p.stats[name] for p in parts]
+        if name == "lanczos":
+            longest = max(piece.shape[-2] for piece in pieces)
+            pad = torch.nn.functional.pad
+            pieces = [pad(t, (0, 0, 0, longest - t.shape[-2]), value=float("nan")) for t in pieces]
+        stats[name] = torch.cat(pieces)
+    return Solution(value, status, stats)

@@ -70,6 +70,10 @@ class Operator(abc.ABC):
         """A cheap form for many products at one point; not differentiable in the tensors."""
         return Linearized(self.mv, self.precondition)
 
+    def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
+        """``solve`` some tasks after the other, or all at once; each with its part of the operator."""
+        return [solve(self, slice(None))]
+
     def precondition(self, r: Vector) -> Vector:
         """``M^-1 r`` for the easy part M of ``A = H + M``, its proximal or damping term.
 

@@ -31,6 +31,17 @@ class _Curvature(Operator):
         """``r / lam`` where the objective knows its proximal term."""
         return self.problem.precondition(r)
 
+    def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
+        """The chunks of the problem's [`Batching`][implicit_optim.Batching]."""
+        problem, phi = self.problem, self.phi
+        if not problem.shared:
+            return [solve(self, slice(None))]
+
+        def part(tasks: slice) -> Any:
+            return solve(replace(self, problem=problem.part(tasks), phi=phi[tasks]), tasks)
+
+        return problem.batching.run(part, phi.shape[0])
+
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The point and the data; theta."""
         data, theta = self.problem.tensors()
