@@ -53,7 +53,7 @@ class Ambient:
             RuntimeError: they were, or ``fn`` raised it; the message says what to do.
         """
         try:
-            with self._precision():
+            with self._precision(), self._kernels():
                 if self.seed is not None:
                     with _drawing_from(self.seed + start, self.device):
                         return fn()
@@ -78,6 +78,10 @@ class Ambient:
         # No cache: casts made under one transform must not be seen by another.
         on = self.autocast is not None
         return torch.autocast(self.device.type, self.autocast, on, cache_enabled=False)
+
+    def _kernels(self) -> contextlib.AbstractContextManager[Any]:
+        # On the CPU fused attention has no batching rule: vmap would take the tasks one by one.
+        return twice_differentiable if self.device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -123,55 +127,59 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
-class _Switched:
-    """Kernels that have a second derivative, as long as anyone is inside, in whatever thread."""
+def draw_seed() -> int:
+    """A seed from torch's generator, drawn while no evaluation of another thread has it."""
+    with _LOCK:
+        return int(torch.randint(2**62, (), device="cpu"))
 
-    def __init__(self, *switches: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+
+class _Kernels:
+    """Switches of torch's for its kernels, thrown as long as anyone is inside, in any thread.
+
+    torch's own context managers belong to one thread (a token of ``sdpa_kernel`` cannot be given back
+    in another) and write settings beside those asked for (``backends.mkldnn.flags``).
+
+    Args:
+        *switches: how to read one, how to set it, and what it is set to inside.
+    """
+
+    def __init__(self, *switches: tuple[Callable[[], bool], Callable[[bool], Any], bool]) -> None:
         self.switches = switches
         self.inside = 0
-        self.stack = contextlib.ExitStack()
+        self.before: list[bool] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             return
         with _LOCK:
             if self.inside == 0:
-                for switch in self.switches:
-                    self.stack.enter_context(switch())
+                self.before = [is_on() for is_on, _, _ in self.switches]
+                for _, put, wanted in self.switches:
+                    put(wanted)
             self.inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         if torch.compiler.is_compiling():
             return
         with _LOCK:
             self.inside -= 1
             if self.inside == 0:
-                self.stack.close()
+                for (_, put, _), before in zip(self.switches, self.before, strict=True):
+                    put(before)
 
 
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Only the kernel of scaled_dot_product_attention that has a second derivative.
-
-    torch.nn.attention.sdpa_kernel must be left by the thread that entered it; this need not.
-    """
-    cuda = torch.backends.cuda
-    fused = ("flash", "mem_efficient", "cudnn")
-    wanted = dict.fromkeys(fused, False) | {"math": True}
-    before = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in wanted}
-    try:
-        for name, enabled in wanted.items():
-            getattr(cuda, f"enable_{name}_sdp")(enabled)
-        yield
-    finally:
-        for name, enabled in before.items():
-            getattr(cuda, f"enable_{name}_sdp")(enabled)
-
-
-twice_differentiable = _Switched(_plain_attention)
-unfused = _Switched(
-    lambda: torch.backends.cudnn.flags(enabled=False),
-    lambda: torch.backends.mkldnn.flags(enabled=False),
+_cuda, _C = torch.backends.cuda, torch._C
+# Of the kernels for attention, only the plain one has a second derivative.
+twice_differentiable = _Kernels(
+    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
+    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, False),
+    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
+    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, False),
+)
+# Fused recurrent kernels have none either; those that torch composes have.
+unfused = _Kernels(
+    (_C._get_cudnn_enabled, _C._set_cudnn_enabled, False),
+    (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled, False),
 )
 
 

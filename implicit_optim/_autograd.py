@@ -13,6 +13,20 @@ from torch.autograd import forward_ad
 Leaves = list[Any]
 
 
+Function = type[torch.autograd.Function]
+
+
+def apply(function: Function, compiled: Function, *inputs: Any) -> Any:
+    """``function.apply``; while torch.compile traces, that of the base that it takes.
+
+    It refuses a ``jvp``, so that a Function keeps its own in a subclass. Without gradients the forward
+    alone does: torch 2.13 hands one that ends in ``*tensors`` a context that it does not take.
+    """
+    if not torch.compiler.is_compiling():
+        return function.apply(*inputs)
+    return compiled.apply(*inputs) if torch.is_grad_enabled() else compiled.forward(*inputs)
+
+
 def save(ctx: Any, output: Tensor, leaves: Sequence[Any]) -> None:
     """Keep a Function's output and its leaves, tensors or not, for either mode."""
     ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision, twice_differentiable
-from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
+from implicit_optim._autograd import (
+    apply,
+    forward_mode,
+    lead,
+    push_forward,
+    save,
+    saved,
+    split_grads,
+)
 from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
@@ -103,7 +111,7 @@ def attach_flat(
     own, common = problem.tensors()
     blank = problem.with_tensors([None] * len(own), [None] * len(common))
     rule = Rule(blank, linear_solver, curvature, on_solve, len(own))
-    return ImplicitMetaGradient.apply(rule, phi.detach(), *own, *common)
+    return apply(ImplicitMetaGradient, _ReverseImplicit, rule, phi.detach(), *own, *common)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +183,45 @@ class Rule:
         return [*data[:count], *theta[count:]]
 
 
-class ImplicitMetaGradient(torch.autograd.Function):
+class _ReverseImplicit(torch.autograd.Function):
+    """What torch.compile takes of `ImplicitMetaGradient`: all but forward mode."""
+
+    @staticmethod
+    def forward(rule: Rule, phi: Tensor, *tensors: Any) -> Tensor:
+        """Return phi ``[*batch, n]``; the tensors are the data's and theta's leaves."""
+        return phi.view_as(phi)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the *output*: the second derivative must see phi as a function of theta."""
+        ctx.rule, _, *tensors = inputs
+        save(ctx, output, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        """One linear solve, one mixed vector-Jacobian product."""
+        phi, tensors = saved(ctx)
+        w = ctx.rule.solve(phi, tensors, v)
+        needed = list(ctx.needs_input_grad[2:])
+        with twice_differentiable, full_precision(phi.device):
+            return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """Add the new dimension to the batch."""
+        rule, phi, *tensors = args
+        _, phi_dim, *dims = in_dims
+        count, size = rule.count, info.batch_size
+        own, common = lead(tensors[:count], dims[:count], size), tensors[count:]
+        shared = all(dim is None for dim in dims[count:])
+        if not shared:
+            common = lead(common, dims[count:], size)
+        problem = rule.problem.add_batch([None] * len(own), [None] * len(common), shared=shared)
+        (phi,) = lead([phi], [phi_dim], size)
+        return ImplicitMetaGradient.apply(replace(rule, problem=problem), phi, *own, *common), 0
+
+
+class ImplicitMetaGradient(_ReverseImplicit):
     r"""The ``autograd.Function`` behind [`attach`][implicit_optim.attach].
 
     Forward returns phi as it is. Backward takes ``v = dL/dphi``, solves ``A w = v`` with the curvature
@@ -200,26 +246,6 @@ class ImplicitMetaGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(rule: Rule, phi: Tensor, *tensors: Any) -> Tensor:
-        """Return phi ``[*batch, n]``; the tensors are the data's and theta's leaves."""
-        return phi.view_as(phi)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the *output*: the second derivative must see phi as a function of theta."""
-        ctx.rule, _, *tensors = inputs
-        save(ctx, output, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        """One linear solve, one mixed vector-Jacobian product."""
-        phi, tensors = saved(ctx)
-        w = ctx.rule.solve(phi, tensors, v)
-        needed = list(ctx.needs_input_grad[2:])
-        with twice_differentiable, full_precision(phi.device):
-            return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
-
-    @staticmethod
     @forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """One mixed Jacobian-vector product, one linear solve."""
@@ -229,17 +255,3 @@ class ImplicitMetaGradient(torch.autograd.Function):
         if change is None:
             return torch.zeros_like(phi)
         return ctx.rule.solve(phi, tensors, -change)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        """Add the new dimension to the batch."""
-        rule, phi, *tensors = args
-        _, phi_dim, *dims = in_dims
-        count, size = rule.count, info.batch_size
-        own, common = lead(tensors[:count], dims[:count], size), tensors[count:]
-        shared = all(dim is None for dim in dims[count:])
-        if not shared:
-            common = lead(common, dims[count:], size)
-        problem = rule.problem.add_batch([None] * len(own), [None] * len(common), shared=shared)
-        (phi,) = lead([phi], [phi_dim], size)
-        return ImplicitMetaGradient.apply(replace(rule, problem=problem), phi, *own, *common), 0

@@ -11,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision
-from implicit_optim._autograd import forward_mode, lead, push_forward, save, saved, split_grads
+from implicit_optim._autograd import (
+    apply,
+    forward_mode,
+    lead,
+    push_forward,
+    save,
+    saved,
+    split_grads,
+)
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import Operator
 from implicit_optim._solution import Solution, joined
@@ -60,12 +68,14 @@ def linear_solve(
         raise ValueError(f"b has shape {tuple(b.shape)}, the operator takes {operator.shape}")
     own, common = operator.tensors()
     blank = operator.with_tensors([None] * len(own), [None] * len(common))
-    x, status, *numbers = _LinearSolve.apply(blank, linear_solver, len(own), b, *own, *common)
+    x, status, *numbers = apply(
+        _LinearSolve, _ReverseLinearSolve, blank, linear_solver, len(own), b, *own, *common
+    )
     names = (*linear_solver.stats_names, "stationarity")
     return Solution(x, status, dict(zip(names, numbers, strict=True)))
 
 
-class _LinearSolve(torch.autograd.Function):
+class _ReverseLinearSolve(torch.autograd.Function):
     """``(blank operator, solver, count, b, *own, *common) -> (x, status, *stats)``."""
 
     @staticmethod
@@ -104,19 +114,9 @@ class _LinearSolve(torch.autograd.Function):
         operator = _operator(ctx)
         w = linear_solve(operator(tensors), grads[0], ctx.solver).value
         needed = ctx.needs_input_grad[4:]
-        pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)
+        with full_precision(x.device):
+            pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)
         return (None, None, None, w, *pulled)
-
-    @staticmethod
-    @forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        x, tensors = saved(ctx, forward=True)
-        operator = _operator(ctx)
-        db = torch.zeros_like(x) if tangents[3] is None else tangents[3]
-        dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[4:])
-        change = db if dA_x is None else db - dA_x
-        dx = linear_solve(operator(tensors), change, ctx.solver).value
-        return (dx, *(None,) * ctx.outputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -129,6 +129,22 @@ class _LinearSolve(torch.autograd.Function):
         operator = blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
         out = _LinearSolve.apply(operator, solver, count, b, *own, *common)
         return out, (0,) * len(out)
+
+
+class _LinearSolve(_ReverseLinearSolve):
+    """The same in forward mode too, which torch.compile does not take."""
+
+    @staticmethod
+    @forward_mode
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        x, tensors = saved(ctx, forward=True)
+        operator = _operator(ctx)
+        db = torch.zeros_like(x) if tangents[3] is None else tangents[3]
+        with full_precision(x.device):
+            dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[4:])
+        change = db if dA_x is None else db - dA_x
+        dx = linear_solve(operator(tensors), change, ctx.solver).value
+        return (dx, *(None,) * ctx.outputs)
 
 
 def _operator(ctx: Any) -> Callable[[list[Any]], Operator]:

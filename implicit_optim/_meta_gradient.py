@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._ambient import full_precision
+from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._batch import where
 from implicit_optim._implicit import Curvature, OnSolve, attach_flat
 from implicit_optim._linear_solver import CG, LinearSolver
@@ -128,6 +128,10 @@ class Unrolled(MetaGradient):
     Memory grows with the number of steps. The gradient is that of the iterate, not of the minimiser,
     so it also reaches a learned ``lr``.
 
+    Raises:
+        TypeError: when it adapts, with a solver whose steps keep no graph: ``newton_cg``,
+            ``from_torch``.
+
     Examples:
         >>> import implicit_optim as iopt
         >>> iopt.Unrolled()
@@ -140,8 +144,13 @@ class Unrolled(MetaGradient):
         self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
     ) -> Tensor:
         """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
+        if not solver.differentiable:
+            raise TypeError(
+                "meta_gradient=Unrolled() needs a solver whose steps can be differentiated, gd or agd, "
+                f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
+            )
         anchor = problem.layout.ravel(problem.theta[0])
-        with full_precision(start.device):
+        with twice_differentiable, full_precision(start.device):
             solution = run(problem, anchor.expand_as(start), solver)
         on_solve("minimize", solution)
         return _or_nan(solution)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import unfused
+from implicit_optim._ambient import Ambient, draw_seed, unfused
 from implicit_optim._batch import WHOLE, Batching, over_tasks
 from implicit_optim._implicit import OnSolve
 from implicit_optim._meta_gradient import Implicit, MetaGradient
@@ -141,10 +141,12 @@ class MetaLearner(nn.Module):
             raise ValueError(
                 f"support has {tasks} tasks but query has {asked}: they belong together"
             )
-        phi = self.adapt(support)
+        seed = self._seed()
+        phi = self._adapt(support, seed)
         view = predicting(self.model, self.running_stats)
         query_loss = Objective(_forward(view), self.loss).fit
-        return self._over_tasks(query_loss, phi, tuple(query))
+        # Other random numbers than those of the support set, from the same draw.
+        return self._over_tasks(query_loss, phi, tuple(query), None if seed is None else ~seed)
 
     def adapt(self, support: Episode) -> dict[str, Tensor]:
         """Adapted parameters by name, ``[T, *shape]``; no graph is kept under ``torch.no_grad()``.
@@ -155,9 +157,12 @@ class MetaLearner(nn.Module):
         Returns:
             phi: one set of parameters a task; with ``RunningStats.PER_TASK`` also the statistics.
         """
+        return self._adapt(support, self._seed())
+
+    def _adapt(self, support: Episode, seed: int | None) -> dict[str, Tensor]:
         tasks = _count_tasks("support", support)
         _check_statistics(self.model, self.running_stats)
-        problem = self._inner_problem(tasks, support)
+        problem = self._inner_problem(tasks, support, seed)
         start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
         phi = problem.layout.unravel(flat)
@@ -166,6 +171,7 @@ class MetaLearner(nn.Module):
                 lambda p, *x: statistics(self.model, lambda view: _forward(view)(p, *x)),
                 phi,
                 tuple(support[:-1]),
+                seed,
             )
         return phi
 
@@ -180,7 +186,7 @@ class MetaLearner(nn.Module):
             Outputs ``[T, N, ...]``.
         """
         view = predicting(self.model, self.running_stats)
-        return self._over_tasks(_forward(view), phi, inputs)
+        return self._over_tasks(_forward(view), phi, inputs, self._seed())
 
     def report(self) -> Report:
         """What happened in the last solves: how many tasks failed and why, how exact the others are.
@@ -195,10 +201,10 @@ class MetaLearner(nn.Module):
         view = adapting(self.model, self.running_stats)
         return Objective(_forward(view), self.loss, proximal)
 
-    def _inner_problem(self, tasks: int, support: Episode) -> InnerProblem:
-        seed = None
-        if self.stochastic:
-            seed = int(torch.randint(2**62, (), device="cpu"))
+    def _seed(self) -> int | None:
+        return draw_seed() if self.stochastic else None
+
+    def _inner_problem(self, tasks: int, support: Episode, seed: int | None) -> InnerProblem:
         theta = anchor, _ = (self.anchor(), self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
         batching = self._automatic(tasks) if self.batching is None else self.batching
@@ -209,16 +215,29 @@ class MetaLearner(nn.Module):
     def _automatic(self, tasks: int) -> Batching:
         """What was measured to be fastest, see docs/cost.md."""
         weights = list(self.anchor().values())
+        if torch.compiler.is_compiling():
+            return WHOLE
         if weights[0].device.type != "cpu" or all(weight.ndim < 3 for weight in weights):
             return WHOLE
         return Batching(threads=min(tasks, torch.get_num_threads()))
 
-    def _over_tasks(self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...]) -> Any:
+    def _over_tasks(
+        self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
+    ) -> Any:
         batching = WHOLE if self.batching is None else self.batching
-        call = lambda p, _, *data: one(p, *data)  # noqa: E731
-        return over_tasks(call, phi, None, data, (True,), batching, random=self.stochastic)
+        ambient = Ambient.now(next(iter(phi.values())).device, seed)
+        args = (lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching)
+        if torch.compiler.is_compiling() and seed is None:
+            return over_tasks(*args)
+
+        def call(evaluate: Callable[[], Any], start: int) -> Any:
+            return ambient.evaluate(evaluate, start=start, watched=batching.loops)
+
+        return over_tasks(*args, call=call, random=seed is not None)
 
     def _heard(self, name: str, solution: Solution) -> None:
+        if torch.compiler.is_compiling():  # a graph has no side effects
+            return
         last = remembered(solution)
         if last is not None:
             self._solves[name] = last
@@ -227,6 +246,8 @@ class MetaLearner(nn.Module):
 
 def _forward(model: nn.Module) -> Callable[..., Any]:
     """``(phi, *inputs) -> output`` of one task, safe to call from several threads."""
+    if torch.compiler.is_compiling():
+        return lambda phi, *inputs: functional_call(model, phi, inputs)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     home, views = threading.get_ident(), threading.local()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -47,6 +47,7 @@ class Solver(abc.ABC):
         max_steps: most steps, >= 0. With ``tol = 0`` exactly these are taken.
         tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
             mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
+        differentiable: whether ``Unrolled`` can differentiate through the steps.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -59,6 +60,8 @@ class Solver(abc.ABC):
         ... ).value.item()
         0.5
     """
+
+    differentiable: ClassVar[bool] = True
 
     max_steps: int
     tol: float

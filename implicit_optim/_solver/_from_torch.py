@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _ELEMENTWISE = (
 @dataclass(frozen=True, kw_only=True)
 class _FromTorch(Solver):
     """A torch.optim class and its settings; see [`from_torch`][implicit_optim.from_torch]."""
+
+    differentiable: ClassVar[bool] = False
 
     optimizer: Callable[..., torch.optim.Optimizer]
     settings: Mapping[str, Any]

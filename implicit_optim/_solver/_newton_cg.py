@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int8
@@ -70,6 +71,8 @@ class newton_cg(Solver):
     Source: Nocedal & Wright 2006, algorithm 7.1; Rajeswaran et al. 2019, section 4 (Hessian-free:
     5 CG steps a direction, line search, 3 repeats).
     """
+
+    differentiable: ClassVar[bool] = False
 
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_steps=5))
     line_search: Search = field(default_factory=Armijo)
