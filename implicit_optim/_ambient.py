@@ -81,7 +81,7 @@ class Ambient:
 
     def _kernels(self) -> contextlib.AbstractContextManager[Any]:
         # On the CPU fused attention has no batching rule: vmap would take the tasks one by one.
-        return twice_differentiable if self.device.type == "cpu" else contextlib.nullcontext()
+        return twice_differentiable() if self.device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -149,8 +149,6 @@ class _Kernels:
         self.before: list[bool] = []
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
-            return
         with _LOCK:
             if self.inside == 0:
                 self.before = [is_on() for is_on, _, _ in self.switches]
@@ -159,8 +157,6 @@ class _Kernels:
             self.inside += 1
 
     def __exit__(self, *exception: object) -> None:
-        if torch.compiler.is_compiling():
-            return
         with _LOCK:
             self.inside -= 1
             if self.inside == 0:
@@ -170,7 +166,7 @@ class _Kernels:
 
 _cuda, _C = torch.backends.cuda, torch._C
 # Of the kernels for attention, only the plain one has a second derivative.
-twice_differentiable = _Kernels(
+_PLAIN_ATTENTION = _Kernels(
     (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
     (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, False),
     (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
@@ -181,6 +177,11 @@ unfused = _Kernels(
     (_C._get_cudnn_enabled, _C._set_cudnn_enabled, False),
     (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled, False),
 )
+
+
+def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+    """Kernels that have a second derivative; a graph that is being compiled keeps its own."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _PLAIN_ATTENTION
 
 
 _HINTS = {

@@ -203,7 +203,7 @@ class _ReverseImplicit(torch.autograd.Function):
         phi, tensors = saved(ctx)
         w = ctx.rule.solve(phi, tensors, v)
         needed = list(ctx.needs_input_grad[2:])
-        with twice_differentiable, full_precision(phi.device):
+        with twice_differentiable(), full_precision(phi.device):
             return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
 
     @staticmethod
@@ -250,7 +250,7 @@ class ImplicitMetaGradient(_ReverseImplicit):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """One mixed Jacobian-vector product, one linear solve."""
         phi, tensors = saved(ctx, forward=True)
-        with twice_differentiable, full_precision(phi.device):
+        with twice_differentiable(), full_precision(phi.device):
             change = push_forward(lambda ts: ctx.rule.bind(ts).grad(phi), tensors, tangents[2:])
         if change is None:
             return torch.zeros_like(phi)

@@ -150,7 +150,7 @@ class Unrolled(MetaGradient):
                 f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
             )
         anchor = problem.layout.ravel(problem.theta[0])
-        with twice_differentiable, full_precision(start.device):
+        with twice_differentiable(), full_precision(start.device):
             solution = run(problem, anchor.expand_as(start), solver)
         on_solve("minimize", solution)
         return _or_nan(solution)

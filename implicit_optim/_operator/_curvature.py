@@ -120,7 +120,7 @@ class GaussNewton(_Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem, self.phi
-        with twice_differentiable:
+        with twice_differentiable():
             output, pull = cast(Any, torch.func.vjp(problem.predictions, phi))
         zero = pytree.tree_map(torch.zeros_like, output)
         _, push = cast(Any, torch.func.vjp(lambda y: pull(y)[0], zero))  # J x: the transpose of J^T
@@ -145,6 +145,6 @@ def _second_order(
 
         return torch.func.grad(total, has_aux=True)(x)
 
-    with twice_differentiable:
+    with twice_differentiable():
         slope, pull, each = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
     return slope, lambda direction: pull(direction)[0], each
