@@ -48,7 +48,7 @@ def linear_solve(
 
     Raises:
         ValueError: b's shape is not the operator's.
-        TypeError: the operator or the solver is of another kind.
+        TypeError: the operator or the solver is of another kind, or b of another dtype.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -66,6 +66,11 @@ def linear_solve(
         raise TypeError(f"linear_solver must be a LinearSolver such as CG(), got {linear_solver!r}")
     if tuple(b.shape) != operator.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}, the operator takes {operator.shape}")
+    dtype = operator.like().dtype
+    if b.dtype != dtype:
+        raise TypeError(
+            f"b has dtype {b.dtype} but the operator has {dtype}: bring them to one dtype"
+        )
     own, common = operator.tensors()
     blank = operator.with_tensors([None] * len(own), [None] * len(common))
     x, status, *numbers = apply(
