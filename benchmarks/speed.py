@@ -34,7 +34,9 @@ def timed(key, rounds):
     own = seconds["ours"]
     row = {"workload": workload.name, "ours, ms": own * 1e3}
     row |= {name: s / own for name, s in seconds.items() if name != "ours"}
-    row["best peer"] = min(seconds[name] for name in CONTENDERS if not name.startswith("ours")) / own
+    row["best peer"] = (
+        min(seconds[name] for name in CONTENDERS if not name.startswith("ours")) / own
+    )
     return row
 
 
@@ -62,7 +64,11 @@ def main(keys=TIMED, rounds=5):
     names = [n for n in CONTENDERS if n != "ours, first order"]
     lean = [
         {"inner steps": steps}
-        | {n: memory(n, "conv-20way-1", steps) / 2**20 for n in names if steps <= 16 or "MAML" not in n}
+        | {
+            n: memory(n, "conv-20way-1", steps) / 2**20
+            for n in names
+            if steps <= 16 or "MAML" not in n
+        }
         for steps in MEMORY_STEPS
     ]
     print("\nPeak memory in MiB, conv, 20-way 5-shot, 1 task:\n")
@@ -77,7 +83,9 @@ def picture(rows):
         places = [j + (i - len(names) / 2) / (len(names) + 2) for j in range(len(rows))]
         ax.bar(places, [row[name] for row in rows], width=1 / (len(names) + 2), label=name)
     ax.axhline(1, color="black", linewidth=1)
-    ax.set_xticks(range(len(rows)), [row["workload"].replace(", ", "\n") for row in rows], fontsize=8)
+    ax.set_xticks(
+        range(len(rows)), [row["workload"].replace(", ", "\n") for row in rows], fontsize=8
+    )
     ax.set_yscale("log")
     ax.set_ylabel("time / ours")
     ax.set_title("One meta-gradient: 16 inner steps, 5 CG steps")

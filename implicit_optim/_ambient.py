@@ -53,7 +53,7 @@ class Ambient:
             RuntimeError: they were, or ``fn`` raised it; the message says what to do.
         """
         try:
-            with self._precision(), self._kernels():
+            with self._precision(), _without_fast_path(), self._kernels():
                 if self.seed is not None:
                     with _drawing_from(self.seed + start, self.device):
                         return fn()
@@ -172,6 +172,10 @@ _PLAIN_ATTENTION = _Kernels(
     (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
     (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, False),
 )
+# What nn.MultiheadAttention takes without grad in eval mode has no batching rule on any device.
+_SLOW_PATH = _Kernels(
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
+)
 # Fused recurrent kernels have none either; those that torch composes have.
 unfused = _Kernels(
     (_C._get_cudnn_enabled, _C._set_cudnn_enabled, False),
@@ -184,6 +188,14 @@ def twice_differentiable() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _PLAIN_ATTENTION
 
 
+def _without_fast_path() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SLOW_PATH
+
+
+_DEVICES = (
+    "an operation of the objective met two devices: move the data, support and query, to the device "
+    "of the parameters"
+)
 _HINTS = {
     "randomness error mode": (
         "the objective draws random numbers (dropout?), so that every evaluation would be of another "
@@ -194,6 +206,11 @@ _HINTS = {
         "torch.func transforms do not support activation checkpointing (torch.utils.checkpoint): turn "
         "it off in the inner model; the memory of an implicit gradient does not grow with the steps"
     ),
+    "must override the setup_context": (
+        "torch.func transforms do not support this autograd.Function (torch.utils.checkpoint with "
+        "use_reentrant=True is one): give it a setup_context; activation checkpointing: turn it off "
+        "in the inner model"
+    ),
     "expected scalar type": (
         "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
         "or evaluate under torch.autocast"
@@ -202,6 +219,8 @@ _HINTS = {
         "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
         "or evaluate under torch.autocast"
     ),
+    "not on the expected device": _DEVICES,
+    "tensors to be on the same device": _DEVICES,
     "Batching rule not implemented": (
         "an operation of the objective cannot be batched over tasks by vmap (nn.LSTM, nn.GRU and "
         "nn.RNN, for instance): use batching=iopt.Batching(chunk_size=1)"

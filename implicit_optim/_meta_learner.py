@@ -22,10 +22,10 @@ from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import (
     RunningStats,
     adapting,
+    check_statistics,
     predicting,
     shallow_copy,
     statistics,
-    tracking,
 )
 from implicit_optim._solution import Solution
 from implicit_optim._solver import Solver
@@ -98,7 +98,7 @@ class MetaLearner(nn.Module):
     ) -> None:
         super().__init__()
         meta_gradient = Implicit() if meta_gradient is None else meta_gradient
-        _check_kinds(model, solver, meta_gradient)
+        _check_kinds(model, solver, meta_gradient, running_stats, batching)
         self.model = model
         self.loss = loss
         self.proximal = lam if isinstance(lam, Proximal) else Proximal(lam)
@@ -161,7 +161,7 @@ class MetaLearner(nn.Module):
 
     def _adapt(self, support: Episode, seed: int | None) -> dict[str, Tensor]:
         tasks = _count_tasks("support", support)
-        _check_statistics(self.model, self.running_stats)
+        check_statistics(self.model, self.running_stats)
         problem = self._inner_problem(tasks, support, seed)
         start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
@@ -185,6 +185,7 @@ class MetaLearner(nn.Module):
         Returns:
             Outputs ``[T, N, ...]``.
         """
+        _count_tasks("phi and inputs", (phi, *inputs))
         view = predicting(self.model, self.running_stats)
         return self._over_tasks(_forward(view), phi, inputs, self._seed())
 
@@ -277,24 +278,16 @@ def _count_tasks(name: str, episode: Episode) -> int:
     return shapes[0][0]
 
 
-def _check_kinds(model: Any, solver: Any, meta_gradient: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(solver, Solver):
-        raise TypeError(
-            f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
-        )
-    if not isinstance(meta_gradient, MetaGradient):
-        raise TypeError(
-            f"meta_gradient must be Implicit(...), FirstOrder() or Unrolled(), got {meta_gradient!r}"
-        )
+_KINDS: dict[str, tuple[Any, str]] = {
+    "model": (nn.Module, "an nn.Module"),
+    "solver": (Solver, "gd(...), agd(...), newton_cg(...) or from_torch(...)"),
+    "meta_gradient": (MetaGradient, "Implicit(...), FirstOrder() or Unrolled()"),
+    "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
+    "batching": (Batching | None, "Batching(...) or None"),
+}
 
 
-def _check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
-    for name, module in tracking(model).items() if policy is None else ():
-        if module.training:
-            raise ValueError(
-                f"{name or 'model'} ({type(module).__name__}) would update its running statistics while "
-                "it adapts, mixing the tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or "
-                "PER_TASK, or build the layer with track_running_stats=False"
-            )
+def _check_kinds(*given: Any) -> None:
+    for (name, (kind, what)), value in zip(_KINDS.items(), given, strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {what}, got {type(value).__name__}")

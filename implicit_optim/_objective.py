@@ -122,6 +122,8 @@ class InnerProblem:
         """
         if not callable(objective):
             raise TypeError(f"objective must be callable, got {type(objective).__name__}")
+        if batch_ndim < 0:
+            raise ValueError(f"Invalid batch_ndim: {batch_ndim}: it must be >= 0")
         layout = Layout.of(phi, batch_ndim)
         first = pytree.tree_leaves(phi)[0]
         batch = tuple(first.shape[:batch_ndim])

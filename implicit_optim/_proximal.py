@@ -166,10 +166,10 @@ def _positive(name: str, value: Any) -> Tensor:
         if tensor.is_floating_point()
         else tensor.to(torch.get_default_dtype())
     )
-    if tensor.device.type != "meta" and not bool(((tensor > 0) & (tensor < math.inf)).all()):
-        raise ValueError(f"Invalid {name}: {value}: the proximal strength must be finite and > 0")
     if tensor.ndim == 2 and name == "lam":
         raise ValueError(
             "a matrix lam cannot be positive entry by entry: give a scalar, vector or dict"
         )
+    if tensor.device.type != "meta" and not bool(((tensor > 0) & (tensor < math.inf)).all()):
+        raise ValueError(f"Invalid {name}: {value}: the proximal strength must be finite and > 0")
     return tensor

@@ -57,6 +57,17 @@ def tracking(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
+def check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
+    """Raise ``ValueError`` where a layer would update its statistics and no policy was chosen."""
+    for name, module in tracking(model).items() if policy is None else ():
+        if module.training:
+            raise ValueError(
+                f"{name or 'model'} ({type(module).__name__}) would update its running statistics while "
+                "it adapts, mixing the tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or "
+                "PER_TASK, or build the layer with track_running_stats=False"
+            )
+
+
 def adapting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
     """The model as it adapts."""
     if policy is None:
