@@ -116,9 +116,14 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("batching", [VMAP, LOOP])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    "name, batching, train",
+    [
+        *((name, batching, True) for name in ATTENTION for batching in (VMAP, LOOP)),
+        ("block", VMAP, False),  # where torch would take a path of its own for inference
+        ("block with weights", LOOP, False),
+    ],
+)
 def test_attention_with_the_default_kernels(name, batching, train):
     make, by_hand = ATTENTION[name]
     model, (support, query) = make().train(train), sequences()

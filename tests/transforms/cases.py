@@ -455,20 +455,16 @@ def dense_gauss_newton(objective, zoo, phi, theta, data):
 SMOOTH_SOLVES = {
     "Dense": matrices(damped=False),
     "Damped": matrices(damped=True),
-    **{
-        f"{kind.__name__} of {name}": curvature(kind, SMOOTH[name])
-        for name in ("least_squares", "logistic", "tanh_mlp")
-        for kind in (iopt.Hessian, iopt.GaussNewton)
-    },
+    "Hessian of least_squares": curvature(iopt.Hessian, convex("least_squares")),
+    "Hessian of logistic": curvature(iopt.Hessian, convex("logistic")),
+    "Hessian of tanh_mlp": curvature(iopt.Hessian, tanh_mlp),
+    "GaussNewton of logistic": curvature(iopt.GaussNewton, convex("logistic")),
+    "GaussNewton of tanh_mlp": curvature(iopt.GaussNewton, tanh_mlp),
     "GaussNewton of conv group norm": curvature(iopt.GaussNewton, conv("group")),
 }
-SOLVES = {
+SOLVES = {  # in phi and the data the derivative of this one would be a third one
     **SMOOTH_SOLVES,
-    **{  # in phi and the data these need a third derivative too
-        f"GaussNewton of conv {n} norm": curvature(iopt.GaussNewton, conv(n), of_all=False)
-        for n in NORMS
-        if n != "group"
-    },
+    "GaussNewton of conv batch norm": curvature(iopt.GaussNewton, conv("batch"), of_all=False),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import jacfwd, jacrev, jvp, vmap
 
 from transforms.cases import BATCHES, FIRST, SECOND, case, close
 
@@ -37,7 +37,7 @@ def test_jvp_along_one_argument_at_a_time(name):
 
 
 @pytest.mark.parametrize("name", FIRST)
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_dual_numbers(name, batch):
     this = case(name, batch)
     with forward_ad.dual_level():
@@ -80,11 +80,3 @@ def test_dual_numbers_through_the_backward_pass(name):
         (gradient,) = torch.autograd.grad(plane.fn(s).sum(), s, create_graph=True)
         change = forward_ad.unpack_dual(gradient).tangent
     close(change.detach(), plane.hessian.sum(0) @ direction)
-
-
-@pytest.mark.parametrize("name", SECOND)
-def test_grad_of_a_directional_derivative(name):
-    plane = case(name).plane
-    direction = torch.tensor([0.6, -0.8], dtype=torch.float64)
-    ours = grad(lambda s: jvp(plane.fn, (s,), (direction,))[1].sum())(plane.origin)
-    close(ours, plane.hessian.sum(0) @ direction)

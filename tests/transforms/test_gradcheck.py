@@ -33,4 +33,5 @@ def test_gradgradcheck(name):
         atol=1e-8,
         rtol=1e-8,
         check_fwd_over_rev=True,
+        fast_mode=True,
     )
