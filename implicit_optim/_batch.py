@@ -160,6 +160,8 @@ def none_left(running: Tensor) -> bool:
 def is_batched(x: Tensor) -> bool:
     """Whether ``vmap`` stands between ``x`` and its numbers."""
     functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(x):  # autograd.grad(is_grads_batched=True)
+        return True
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return True

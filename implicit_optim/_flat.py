@@ -93,7 +93,9 @@ class Layout:
         """
         leaves, treespec = pytree.tree_flatten(tree)
         if treespec != self.treespec:
-            raise ValueError(f"expected a pytree with the leaves {self.names}, got {treespec}")
+            raise ValueError(
+                f"expected a pytree with the leaves {self.names}, in this order, got {treespec}"
+            )
         pieces = []
         for name, leaf, shape in zip(self.names, leaves, self.shapes, strict=True):
             batch = leaf.shape[: leaf.ndim - len(shape)]

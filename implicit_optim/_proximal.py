@@ -21,8 +21,8 @@ def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:
     Args:
         phi: task parameters, a tensor or pytree with ``n`` scalars in all.
         theta: the anchor, a pytree like ``phi``, and lam: a scalar ``[]``, a vector ``[n]``, a
-            symmetric positive definite matrix ``[n, n]``, or a pytree like ``phi`` whose leaves
-            broadcast to those of ``phi`` (one strength per parameter name).
+            symmetric positive definite matrix ``[n, n]``, or a dict by parameter name, where phi is
+            one, of tensors that broadcast to the parameter.
 
     Returns:
         The term, a scalar.
@@ -43,7 +43,7 @@ def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:
     anchor, lam = theta
     layout = Layout.of(phi)
     offset = layout.ravel(phi) - layout.ravel(anchor)
-    lam = _flat_lam(lam, layout)
+    lam = _flat_lam(lam, layout, offset.dtype)
     scaled = lam @ offset if lam.ndim == 2 else lam * offset
     return (scaled * offset).sum() / 2
 
@@ -71,20 +71,22 @@ def inverse_proximal(r: Any, theta: tuple[Any, Any]) -> Any:
     Source: Rajeswaran et al. 2019, Lemma 1.
     """
     layout = Layout.of(r, name="r")
-    flat, lam = layout.ravel(r), _flat_lam(theta[1], layout)
+    flat = layout.ravel(r)
+    lam = _flat_lam(theta[1], layout, flat.dtype)
     if lam.ndim == 2:
         return layout.unravel(torch.linalg.solve(lam, flat))
     return layout.unravel(flat / lam)
 
 
-def _flat_lam(lam: Any, layout: Layout) -> Tensor:
+def _flat_lam(lam: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Lam as a scalar [], a vector [n] or a matrix [n, n]."""
     if isinstance(lam, Mapping):
         leaves = layout.unravel(torch.zeros(layout.n, device="meta"))
         if set(lam) != set(leaves):
             raise ValueError(_name_mismatch(set(lam), set(leaves)))
-        lam = {name: lam[name].expand(leaf.shape) for name, leaf in leaves.items()}
-        return layout.ravel(lam)
+        lam = layout.ravel({name: lam[name].expand(leaf.shape) for name, leaf in leaves.items()})
+    if isinstance(lam, Tensor) and lam.ndim > 0 and lam.dtype != dtype:
+        raise ValueError(f"lam has dtype {lam.dtype} but phi has {dtype}: bring them to one dtype")
     if isinstance(lam, Tensor) and lam.shape in ((), (layout.n,), (layout.n, layout.n)):
         return lam
     what = tuple(lam.shape) if isinstance(lam, Tensor) else type(lam).__name__

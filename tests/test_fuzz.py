@@ -23,7 +23,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.float64, torch.float32])
 DOUBLE = st.just(torch.float64)
 KINDS = ["tensor", "list", "tuple", "dict", "named", "nested"]  # named: lam too is a dict
-MANY = settings(max_examples=4 * settings().max_examples)
+MANY = settings(max_examples=3 * settings().max_examples)
 SOLVERS = {torch.float64: iopt.CG(rtol=1e-12, max_steps=500), torch.float32: iopt.CG()}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NAMES = ["anchor", "lam", "x", "y"]

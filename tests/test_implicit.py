@@ -445,3 +445,26 @@ def test_errors_name_the_argument_and_the_remedy():
         iopt.minimize(logistic, phi[0], (theta, lam), x[0], y[0], solver="gd")
     with pytest.raises(ValueError, match="is on meta but phi is on cpu"):
         iopt.attach(phi, logistic, (theta, lam), x, y.to("meta"), batch_ndim=1)
+
+
+def test_lam_of_another_dtype():
+    """A vector or matrix that would fail deep inside CG is refused; a scalar promotes."""
+    anchor, phi = torch.ones(3, dtype=torch.float32), torch.zeros(3, dtype=torch.float32)
+    for lam in (torch.ones(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)):
+        with pytest.raises(
+            ValueError, match="lam has dtype torch.float64 but phi has torch.float32"
+        ):
+            iopt.proximal(phi, (anchor, lam))
+    scalar = torch.tensor(2.0, dtype=torch.float64)
+    assert iopt.proximal(phi, (anchor, scalar)).item() == 3
+
+
+def test_torchs_older_vmap_with_a_tolerance():
+    """`is_grads_batched` uses it: nobody may look whether all tasks are done."""
+    theta = torch.ones(2, requires_grad=True)
+    phi = iopt.attach(
+        theta.detach() * 2 / 3, lambda p, t: p @ p / 2 + (p - t) @ (p - t), theta,
+        linear_solver=iopt.CG(rtol=1e-6),
+    )  # fmt: skip
+    (jacobian,) = torch.autograd.grad(phi, theta, torch.eye(2), is_grads_batched=True)
+    torch.testing.assert_close(jacobian, torch.eye(2) * 2 / 3)

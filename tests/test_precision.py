@@ -113,6 +113,40 @@ def test_attach_and_minimize_remember_it_too():
     assert (theta.grad - exact).norm() < 2e-2 * exact.norm()
 
 
+def test_a_problem_bound_outside_of_a_region_stays_outside():
+    x, phi, v = torch.randn(8, 4), torch.randn(4), torch.randn(4)
+    problem = iopt.InnerProblem.bind(
+        lambda phi, theta, x: (x @ phi).tanh().square().mean(), phi, (), x
+    )
+    account = lambda: (problem.grad(phi), problem.values(phi), iopt.Hessian(problem, phi).mv(v))  # noqa: E731
+    outside = account()
+    with autocast():
+        inside = account()
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("batching", [iopt.Batching(), iopt.Batching(chunk_size=1)])
+def test_casts_of_one_evaluation_are_not_seen_by_another(batching):
+    """A learned matrix in the loss: torch would keep the cast that it made while nothing recorded."""
+    model, (support, query) = Net(), episodes()
+    W = torch.randn(1, 3, requires_grad=True)
+    loss = lambda output, target: F.mse_loss((output @ W).float(), target)  # noqa: E731
+    meta = iopt.MetaLearner(model, loss, **FEW, batching=batching)
+    with autocast():
+        with torch.no_grad():
+            phi = meta.adapt(support)
+        (ours,) = torch.autograd.grad(meta(support, query).mean(), W)
+    with autocast():
+        each = []
+        for i in range(3):
+            output = torch.func.functional_call(
+                model, {k: p[i] for k, p in phi.items()}, query[0][i]
+            )
+            each.append(loss(output, query[1][i]))
+        (theirs,) = torch.autograd.grad(torch.stack(each).mean(), W)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 OPERATORS = {
     "dense": lambda matrix: iopt.Dense(matrix),
     "damped": lambda matrix: iopt.Damped(iopt.Dense(matrix), matrix[0, 0].detach()),

@@ -1,5 +1,6 @@
 """The same numbers again: run to run, after a restart, beside another thread."""
 
+import sys
 import threading
 
 import pytest
@@ -159,8 +160,17 @@ PAIRS = {
 }
 
 
+@pytest.fixture
+def busy_threads():
+    """Threads that take turns more often than they would."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("name", PAIRS)
-def test_two_learners_in_two_threads_are_each_as_if_alone(name):
+def test_two_learners_in_two_threads_are_each_as_if_alone(name, busy_threads):
     """Only one of them draws: two would share the one generator, in an order that nobody knows."""
     metas, data, alone, beside = [], [], [], {}
     for make, shape, settings in PAIRS[name]:
@@ -189,7 +199,7 @@ def test_two_learners_in_two_threads_are_each_as_if_alone(name):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_two_learners_that_both_draw_do_not_disturb_each_other():
+def test_two_learners_that_both_draw_do_not_disturb_each_other(busy_threads):
     """Which seeds each of them gets is chance, but what it makes of a seed is not."""
     data = episodes(0)
     metas = [learner(perceptron, stochastic=True) for _ in range(2)]

@@ -35,6 +35,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 WHICH = st.integers(0, 11)  # of the parameters or the groups, modulo their number
 LRS = st.one_of(st.just(0.0), st.floats(0.01, 0.2))
 LENGTHS = st.sampled_from([1.0, 2.5, 0.7, 4.0, 0.0])  # lr of Newton's method
+SEARCHES = [Armijo(), Armijo(2.0, 0.3, 0.3, 3), Armijo(1.0, 0.9, 0.5, 2)]  # the last gives up often
 SELDOM = st.sampled_from([False, False, False, True])
 SCHEDULES = {
     "step": lambda opt: lr_scheduler.StepLR(opt, step_size=2, gamma=0.5),
@@ -539,7 +540,7 @@ class NewtonCGMachine(Machine):
     @initialize(
         shapes=SHAPES, seed=SEEDS, landscape=st.sampled_from([Bowl, Valley]),
         curvature=st.sampled_from([Hessian, GaussNewton]), steps=st.sampled_from([1, 2, 5, 40]),
-        search=st.sampled_from([Armijo(), Armijo(2.0, 0.3, 0.3, 3), Armijo(1.0, 0.7, 0.5, 2)]),
+        search=st.sampled_from(SEARCHES),
         damping=st.sampled_from([0.0, 0.5]), lr=LENGTHS.filter(bool), maximize=SELDOM,
     )  # fmt: skip
     def start(self, shapes, seed, landscape, curvature, steps, search, damping, lr, maximize):
@@ -724,7 +725,7 @@ class NewtonCGMachine(Machine):
 
 def case(machine):
     case = machine.TestCase
-    case.settings = settings(stateful_step_count=50, max_examples=2 * settings().max_examples)
+    case.settings = settings(stateful_step_count=40, max_examples=2 * settings().max_examples)
     return case
 
 
