@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -246,22 +247,23 @@ class MetaLearner(nn.Module):
 
 
 def _forward(model: nn.Module) -> Callable[..., Any]:
-    """``(phi, *inputs) -> output`` of one task, safe to call from several threads."""
+    """``(phi, *inputs) -> output`` of one task, which changes nothing of the model.
+
+    functional_call puts phi into a module for a moment: here into a shallow copy, one for each thread,
+    where no other thread can see it. Buffers are copies too: a model that updates them is the same
+    function at every evaluation.
+    """
     if torch.compiler.is_compiling():
         return lambda phi, *inputs: functional_call(model, phi, inputs)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    home, views = threading.get_ident(), threading.local()
+    buffers, views = dict(model.named_buffers()), threading.local()
 
     def forward(phi: dict[str, Tensor], *inputs: Any) -> Any:
-        view = model
-        if threading.get_ident() != home:  # functional_call puts phi into the module for a moment
-            if not hasattr(views, "own"):
-                views.own = shallow_copy(model)
-            view = views.own
-        if not recurrent:
-            return functional_call(view, phi, inputs)
-        with unfused:
-            return functional_call(view, phi, inputs)
+        if not hasattr(views, "own"):
+            views.own = shallow_copy(model)
+        state = {name: buffer.clone() for name, buffer in buffers.items()} | phi
+        with unfused if recurrent else contextlib.nullcontext():
+            return functional_call(views.own, state, inputs)
 
     return forward
 

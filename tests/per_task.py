@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 import implicit_optim as iopt
@@ -113,3 +114,33 @@ def assert_same(ours, theirs, **tolerances):
     """Losses and gradients of two accounts of one meta-step."""
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **(tolerances or CLOSE))
+
+
+def plain(t):
+    """What stands under the transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t.detach().clone()
+
+
+class Recorder(nn.Module):
+    """Dropout by a mask, of which it keeps every one it draws, by the task's examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.seen = []
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        mask = torch.bernoulli(torch.full_like(h, 0.5))
+        examples, masks = plain(x), plain(mask)
+        several = examples.ndim == 3  # tasks at once
+        self.seen += zip(examples, masks, strict=True) if several else [(examples, masks)]
+        return self.last(h * mask)
+
+    def take(self, x):
+        """The masks `[evaluations, examples, 4]` that each task of `x` has had; then forget them."""
+        masks = [torch.stack([m for e, m in self.seen if torch.equal(e, task)]) for task in x]
+        self.seen = [(e, m) for e, m in self.seen if not any(torch.equal(e, task) for task in x)]
+        return masks

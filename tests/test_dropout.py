@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import implicit_optim as iopt
-from per_task import CLOSE, EXACT, NEWTON, learned, slope_along
+from per_task import CLOSE, EXACT, NEWTON, Recorder, learned, slope_along
 
 VMAP, LOOP = iopt.Batching(), iopt.Batching(chunk_size=1)
 THREADS = iopt.Batching(chunk_size=1, threads=2)
@@ -30,36 +30,6 @@ def net():
 def learner(model, **settings):
     settings = {"solver": NEWTON, "meta_gradient": EXACT, "lam": 4.0, "stochastic": True} | settings
     return iopt.MetaLearner(model, F.mse_loss, **settings)
-
-
-def plain(t):
-    """What stands under the transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
-    return t.detach().clone()
-
-
-class Recorder(nn.Module):
-    """Dropout by a mask, of which it keeps every one it draws, by the task's examples."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
-        self.seen = []
-
-    def forward(self, x):
-        h = self.first(x).tanh()
-        mask = torch.bernoulli(torch.full_like(h, 0.5))
-        examples, masks = plain(x), plain(mask)
-        several = examples.ndim == 3  # tasks at once
-        self.seen += zip(examples, masks, strict=True) if several else [(examples, masks)]
-        return self.last(h * mask)
-
-    def take(self, x):
-        """The masks `[evaluations, examples, 4]` that each task of `x` has had; then forget them."""
-        masks = [torch.stack([m for e, m in self.seen if torch.equal(e, task)]) for task in x]
-        self.seen = [(e, m) for e, m in self.seen if not any(torch.equal(e, task) for task in x)]
-        return masks
 
 
 @pytest.mark.parametrize("curvature", [iopt.Hessian, iopt.GaussNewton])

@@ -129,7 +129,7 @@ def test_a_problem_bound_outside_of_a_region_stays_outside():
 def test_casts_of_one_evaluation_are_not_seen_by_another(batching):
     """A learned matrix in the loss: torch would keep the cast that it made while nothing recorded."""
     model, (support, query) = Net(), episodes()
-    W = torch.randn(1, 3, requires_grad=True)
+    W = torch.randn(1, 1, requires_grad=True)
     loss = lambda output, target: F.mse_loss((output @ W).float(), target)  # noqa: E731
     meta = iopt.MetaLearner(model, loss, **FEW, batching=batching)
     with autocast():

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import implicit_optim as iopt
+from per_task import Recorder
 
 VMAP, LOOP = iopt.Batching(), iopt.Batching(chunk_size=1)
 
@@ -199,23 +201,75 @@ def test_two_learners_in_two_threads_are_each_as_if_alone(name, busy_threads):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_two_learners_that_both_draw_do_not_disturb_each_other(busy_threads):
-    """Which seeds each of them gets is chance, but what it makes of a seed is not."""
-    data = episodes(0)
-    metas = [learner(perceptron, stochastic=True) for _ in range(2)]
-    torch.manual_seed(3)
-    results = [[], []]
+@pytest.mark.parametrize("batching", [VMAP, LOOP])
+def test_two_learners_that_both_draw_do_not_disturb_each_other(batching, busy_threads):
+    """Which seeds each of them gets is chance; but one meta-step still has one mask."""
+    model, data = Recorder(), episodes(0)
+    meta = learner(lambda: model, stochastic=True, batching=batching)
+    other = learner(perceptron, stochastic=True)
+    phi, done, masks = other.adapt(data[0]), threading.Event(), []
 
-    def work(i):
-        results[i] = [metas[i](*data).detach() for _ in range(15)]
+    def draw_all_the_time():
+        while not done.is_set():
+            other.predict(phi, data[1][0])
 
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    thread = threading.Thread(target=draw_all_the_time, daemon=True)
+    thread.start()
+    try:
+        for _ in range(30):
+            meta(*data).mean().backward()
+            masks.append(model.take(data[0][0]))
+    finally:
+        done.set()
         thread.join()
-    possible = [set(), set()]
-    for i in range(2):
-        torch.manual_seed(3)
-        possible[i] = {bytes(metas[i](*data).detach().numpy()) for _ in range(30)}
-        assert all(bytes(losses.numpy()) in possible[i] for losses in results[i])
+    assert all(torch.equal(m, m[:1].expand_as(m)) for step in masks for m in step)
+    assert len({bytes(m[0].numpy()) for step in masks for m in step}) == 60
+
+
+def test_one_learner_in_two_threads_is_one_learner(busy_threads):
+    """Parameters are put into a module for a moment: into none that another thread can see."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    meta = iopt.MetaLearner(model, F.mse_loss, solver=iopt.gd(lr=0.1, max_steps=10))
+    batch = torch.randn(3, 5, 4), torch.randn(3, 5, 1)
+    alone, before = meta(batch, batch).detach(), [p.clone() for p in model.parameters()]
+
+    def work(_):
+        same = []
+        for _ in range(15):
+            same.append(torch.equal(meta(batch, batch).detach(), alone))
+            same += [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        return all(same)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
+
+
+class Counting(nn.Linear):
+    """Counts its calls in a buffer and multiplies by the count: another function at every call."""
+
+    def __init__(self):
+        super().__init__(4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.calls * super().forward(x)
+
+
+@pytest.mark.parametrize("batching", [iopt.Batching(chunk_size=1), iopt.Batching(1, threads=2)])
+def test_buffers_that_a_model_updates_are_left_alone(batching):
+    """Every evaluation starts from the user's buffers, so that all are of the same function."""
+    torch.manual_seed(0)
+    counting, plain = Counting(), nn.Linear(4, 1)
+    plain.load_state_dict(counting.state_dict(), strict=False)
+    batch = torch.randn(3, 5, 4), torch.randn(3, 5, 1)
+    results = []
+    for model in (counting, plain):
+        meta = iopt.MetaLearner(
+            model, F.mse_loss, solver=iopt.gd(lr=0.1, max_steps=4), batching=batching
+        )
+        losses = meta(batch, batch)
+        results.append((losses, *torch.autograd.grad(losses.sum(), list(model.parameters()))))
+    assert counting.calls == 0
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)

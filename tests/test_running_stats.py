@@ -195,7 +195,7 @@ class Deep(nn.Module):
     def __init__(self):
         super().__init__()
         self.block = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3)))
-        self.again = self.block[1]
+        self.again = self.block[1][0]
         self.idle = nn.BatchNorm1d(5)
         self.head = nn.Linear(3, 1)
 
