@@ -42,8 +42,8 @@ def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:
     """
     anchor, lam = theta
     layout = Layout.of(phi)
-    offset = layout.ravel(phi) - layout.ravel(anchor)
-    lam = _flat_lam(lam, layout, offset.dtype)
+    flat = layout.ravel(phi)
+    offset, lam = flat - layout.ravel(anchor), _flat_lam(lam, layout, flat.dtype)
     scaled = lam @ offset if lam.ndim == 2 else lam * offset
     return (scaled * offset).sum() / 2
 

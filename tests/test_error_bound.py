@@ -162,7 +162,7 @@ def test_negative_curvature_has_no_bound():
 def test_errors_name_the_argument_and_the_remedy():
     done = iopt.linear_solve(iopt.Dense(torch.eye(2)), torch.ones(2))
     good = {"lam": 1.0, "smoothness": 0.0}
-    for name, value in (("lam", 0.0), ("lam", math.nan), ("smoothness", -1.0),
+    for name, value in (("lam", 0.0), ("lam", -1.0), ("lam", math.nan), ("smoothness", -1.0),
                         ("hessian_lipschitz", math.inf), ("strong_convexity", 0.0)):  # fmt: skip
         with pytest.raises(ValueError, match=f"Invalid {name}: .* finite and >"):
             iopt.error_bound(done, **(good | {name: value}))

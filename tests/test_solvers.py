@@ -840,3 +840,17 @@ def test_an_empty_batch():
             solver=gd(lr=1.0),
             batch_ndim=1,
         )
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4])
+def test_the_last_step_counts_towards_the_tolerance(max_steps):
+    """phi = 2^-k after k steps: the tolerance is met by the last one, and missed with one less."""
+    for allowed, status in ((max_steps, Status.SUCCESS), (max_steps - 1, Status.MAX_STEPS)):
+        solver = gd(lr=0.5, max_steps=allowed, tol=1.01 * 0.5**max_steps)
+        solution = minimize(lambda p, _: p @ p / 2, torch.ones(1), (), solver=solver)
+        assert solution.status == status and solution.stats["steps"] == allowed
+        assert solution.value == solution.stats["grad_norm"] == 0.5**allowed
+
+
+def test_newton_cg_takes_five_cg_steps_by_default_as_in_the_paper():
+    assert newton_cg().linear_solver == CG(max_steps=5)
