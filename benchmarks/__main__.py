@@ -1,13 +1,13 @@
 """`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-python -m benchmarks [cost] [soak]
+python -m benchmarks [cost] [speed] [soak]
 """
 
 import argparse
 
-from benchmarks import cost, soak
+from benchmarks import cost, soak, speed
 
-BENCHMARKS = {"cost": cost.main, "soak": soak.main}
+BENCHMARKS = {"cost": cost.main, "speed": speed.main, "soak": soak.main}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")
