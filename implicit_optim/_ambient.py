@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from implicit_optim._batch import Batching, over_tasks
+
 # torch's generators and kernel switches belong to the whole process: whoever changes them for a
 # moment holds this lock, so that solves in several threads do not see each other's.
 _LOCK = threading.RLock()
@@ -71,6 +73,29 @@ class Ambient:
                 if symptom in str(error):
                     raise RuntimeError(f"{hint}\n(torch: {error})") from error
             raise
+
+    def over_tasks(
+        self,
+        one: Callable[..., Any],
+        first: Any,
+        theta: Any,
+        data: tuple[Any, ...],
+        shared: tuple[bool, ...],
+        batching: Batching,
+        *,
+        start: int = 0,
+    ) -> Any:
+        """`over_tasks` as things were; ``start`` is the place of the first task in the whole batch."""
+        random = self.seed is not None
+        args = (one, first, theta, data, shared, batching)
+        if torch.compiler.is_compiling() and not random:
+            return over_tasks(*args)
+        watched = not shared or batching.loops
+
+        def call(evaluate: Callable[[], Any], at: int) -> Any:
+            return self.evaluate(evaluate, start=start + at, watched=watched)
+
+        return over_tasks(*args, call=call, random=random)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None and not _autocast_is_on(self.device):
@@ -196,6 +221,10 @@ _DEVICES = (
     "an operation of the objective met two devices: move the data, support and query, to the device "
     "of the parameters"
 )
+_DTYPES = (
+    "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, or "
+    "evaluate under torch.autocast"
+)
 _HINTS = {
     "randomness error mode": (
         "the objective draws random numbers (dropout?), so that every evaluation would be of another "
@@ -211,14 +240,8 @@ _HINTS = {
         "use_reentrant=True is one): give it a setup_context; activation checkpointing: turn it off "
         "in the inner model"
     ),
-    "expected scalar type": (
-        "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
-        "or evaluate under torch.autocast"
-    ),
-    "must have the same dtype": (
-        "an operation of the objective met two dtypes: bring the data to the dtype of the parameters, "
-        "or evaluate under torch.autocast"
-    ),
+    "expected scalar type": _DTYPES,
+    "must have the same dtype": _DTYPES,
     "not on the expected device": _DEVICES,
     "tensors to be on the same device": _DEVICES,
     "Batching rule not implemented": (

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Leaves = list[Any]
-
-
 Function = type[torch.autograd.Function]
 
 
@@ -36,7 +34,7 @@ def save(ctx: Any, output: Tensor, leaves: Sequence[Any]) -> None:
 
 
 def saved(ctx: Any, *, forward: bool = False) -> tuple[Tensor, Leaves]:
-    """What [`save`][] kept; in forward mode without the tangents of the current level."""
+    """What `save` kept; in forward mode without the tangents of the current level."""
     tensors = ctx.saved_tensors
     if forward:
         tensors = [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]

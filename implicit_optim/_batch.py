@@ -59,10 +59,14 @@ class Batching:
         return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
 
     def run(self, solve: Callable[[slice], Any], tasks: int) -> list[Any]:
-        """Call ``solve`` on every chunk, in threads where autograd does not record."""
+        """Call ``solve`` on every chunk, in threads where nobody differentiates or batches.
+
+        What autograd records and the transforms of ``torch.func`` belong to the thread they are in.
+        """
         chunks = self.chunks(tasks)
         workers = min(self.threads, len(chunks))
-        if workers < 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if workers < 2 or torch.is_grad_enabled() or transformed or torch.compiler.is_compiling():
             return [solve(chunk) for chunk in chunks]
         threads = torch.get_num_threads()
 
@@ -116,8 +120,8 @@ def over_tasks(
         for place in places:
             start = place if loops else place.start
             within = lambda evaluate, _, start=start: call(evaluate, start)  # noqa: E731
-            own = theta if shared[0] else _pick(theta, place)
-            args = (_pick(first, place), own, _pick(data, place), shared[loops:])
+            own = theta if shared[0] else pick(theta, place)
+            args = (pick(first, place), own, pick(data, place), shared[loops:])
             inner = batching if loops else WHOLE
             results.append(over_tasks(one, *args, inner, call=within, random=random))
         join: Callable[..., Tensor] = torch.stack if loops else torch.cat
@@ -128,7 +132,8 @@ def over_tasks(
     return call(lambda: one(first, theta, *data), 0)
 
 
-def _pick(tree: Any, where: int | slice) -> Any:
+def pick(tree: Any, where: int | slice | tuple[int, ...]) -> Any:
+    """Index every tensor of a tree."""
     return pytree.tree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tree)
 
 

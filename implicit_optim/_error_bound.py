@@ -77,7 +77,6 @@ def error_bound(
         mu = solution.ritz_values()[0]
     else:
         mu = _constant("strong_convexity", strong_convexity, w)
-    positive = mu > 0
 
     norm = torch.linalg.vector_norm(w, dim=-1)
     linear = stats["residual_norm"] / mu
@@ -86,14 +85,15 @@ def error_bound(
     delta = stats["stationarity"] / mu
     length = norm + linear
     bound = lam * (linear + delta * (L_s + rho * length) / mu)
-    convex = positive & (solution.status != Status.NEGATIVE_CURVATURE.value)
+    convex = (mu > 0) & (solution.status != Status.NEGATIVE_CURVATURE.value)
     return torch.where(convex, bound, math.inf)
 
 
 def _constant(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     constant = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    least_allowed = "> 0" if name in ("lam", "strong_convexity") else ">= 0"
-    good = (constant > 0) if least_allowed == "> 0" else (constant >= 0)
+    strict = name in ("lam", "strong_convexity")
+    good = constant > 0 if strict else constant >= 0
     if not bool((good & (constant < math.inf)).all()):
-        raise ValueError(f"Invalid {name}: {value}: it must be finite and {least_allowed}")
+        least = "> 0" if strict else ">= 0"
+        raise ValueError(f"Invalid {name}: {value}: it must be finite and {least}")
     return constant

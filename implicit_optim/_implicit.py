@@ -24,10 +24,9 @@ from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._objective import InnerObjective, InnerProblem, Objective
 from implicit_optim._operator import GaussNewton, Hessian
-from implicit_optim._solution import Solution
+from implicit_optim._solution import OnSolve
 
 Curvature = type[Hessian] | type[GaussNewton]
-OnSolve = Callable[[str, Solution], None]
 _DEFAULT = CG()
 
 
@@ -65,7 +64,8 @@ def attach(
         seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed,
             the one that ``minimize`` was given. Default: drawing is an error.
         batching: how the tasks of a batch are evaluated, see [`Batching`][implicit_optim.Batching].
-        on_solve: called as ``on_solve("linear_solve", solution)`` in every backward pass.
+        on_solve: called as ``on_solve("linear_solve", solution)`` after every solve, in a backward
+            pass, in forward mode, and in derivatives of these.
 
     Returns:
         A pytree like ``phi``.
@@ -138,23 +138,21 @@ class Rule:
 
     def solve(self, phi: Tensor, tensors: list[Any], v: Tensor) -> Tensor:
         """``A^-1 v`` with the curvature at phi."""
-        solution = linear_solve(self.curvature(self.bind(tensors), phi), v, self.linear_solver)
-        if self.on_solve is not None:
-            self.on_solve("linear_solve", solution)
-        return solution.value
+        operator = self.curvature(self.bind(tensors), phi)
+        return linear_solve(operator, v, self.linear_solver, on_solve=self.on_solve).value
 
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
         """``d <w, grad_phi F> / d tensors``: of the data a gradient per task, of theta their sum."""
         problem = self.bind(tensors)
-        if not all(problem.shared[:1]) or not problem.shared:
-            return self._mixed(problem, phi, needed, w)
-        parts = problem.batching.run(
-            lambda tasks: self._mixed(problem.part(tasks), phi[tasks], needed, w[tasks]),
-            phi.shape[0],
+        parts = problem.parts(
+            lambda part, tasks: self._mixed(part, phi[tasks], needed, w[tasks]), phi.shape[0]
         )
+        if len(parts) == 1:
+            return parts[0]
 
         def join(i: int, pieces: tuple[Tensor, ...]) -> Tensor:
-            return torch.cat(pieces) if i < self.count else sum(pieces[1:], pieces[0])
+            per_task = i < self.count or not problem.shared[0]
+            return torch.cat(pieces) if per_task else sum(pieces[1:], pieces[0])
 
         each = enumerate(zip(*parts, strict=True))
         return [None if pieces[0] is None else join(i, pieces) for i, pieces in each]

@@ -22,13 +22,17 @@ from implicit_optim._autograd import (
 )
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import Operator
-from implicit_optim._solution import Solution, joined
+from implicit_optim._solution import OnSolve, Solution, joined
 
 _DEFAULT = CG()
 
 
 def linear_solve(
-    operator: Operator, b: Float[Tensor, "*batch n"], linear_solver: LinearSolver = _DEFAULT
+    operator: Operator,
+    b: Float[Tensor, "*batch n"],
+    linear_solver: LinearSolver = _DEFAULT,
+    *,
+    on_solve: OnSolve | None = None,
 ) -> Solution:
     r"""Solve ``A x = b`` for every task, differentiably.
 
@@ -40,6 +44,8 @@ def linear_solve(
         operator: symmetric A with vectors ``[*batch, n]``; its tensors receive gradients.
         b: right-hand side ``[*batch, n]``.
         linear_solver: a [`LinearSolver`][implicit_optim.LinearSolver]. Default: ``CG()``.
+        on_solve: called as ``on_solve("linear_solve", solution)`` after this solve and after those of
+            its derivatives, which return nothing that could be looked at.
 
     Returns:
         A [`Solution`][implicit_optim.Solution] with value ``[*batch, n]``, the solver's ``stats``
@@ -74,23 +80,39 @@ def linear_solve(
     own, common = operator.tensors()
     blank = operator.with_tensors([None] * len(own), [None] * len(common))
     x, status, *numbers = apply(
-        _LinearSolve, _ReverseLinearSolve, blank, linear_solver, len(own), b, *own, *common
+        _LinearSolve,
+        _ReverseLinearSolve,
+        blank,
+        linear_solver,
+        on_solve,
+        len(own),
+        b,
+        *own,
+        *common,
     )
     names = (*linear_solver.stats_names, "stationarity")
-    return Solution(x, status, dict(zip(names, numbers, strict=True)))
+    solution = Solution(x, status, dict(zip(names, numbers, strict=True)))
+    if on_solve is not None:
+        on_solve("linear_solve", solution)
+    return solution
 
 
 class _ReverseLinearSolve(torch.autograd.Function):
-    """``(blank operator, solver, count, b, *own, *common) -> (x, status, *stats)``."""
+    """``(blank operator, solver, on_solve, count, b, *own, *common) -> (x, status, *stats)``."""
 
     @staticmethod
     def forward(
-        blank: Operator, solver: LinearSolver, count: int, b: Tensor, *tensors: Any
+        blank: Operator,
+        solver: LinearSolver,
+        on_solve: OnSolve | None,
+        count: int,
+        b: Tensor,
+        *tensors: Any,
     ) -> tuple[Any, ...]:
         operator = blank.with_tensors(list(tensors[:count]), list(tensors[count:]))
 
         def solve(part: Operator, tasks: slice) -> Solution:
-            linearized, rhs = part.linearize(), b[tasks] if b.ndim > 1 else b
+            linearized, rhs = part.linearize(), b[tasks]
             value, status, stats = solver.solve(linearized, rhs)
             gradient = linearized.gradient
             if gradient is None:
@@ -104,7 +126,7 @@ class _ReverseLinearSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.blank, ctx.solver, ctx.count, _, *tensors = inputs
+        ctx.blank, ctx.solver, ctx.on_solve, ctx.count, _, *tensors = inputs
         x, *others = output
         ctx.mark_non_differentiable(*others)
         ctx.outputs = len(others)
@@ -115,24 +137,24 @@ class _ReverseLinearSolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, tensors = saved(ctx)
         if grads[0] is None:
-            return (None,) * (4 + len(tensors))
+            return (None,) * (5 + len(tensors))
         operator = _operator(ctx)
-        w = linear_solve(operator(tensors), grads[0], ctx.solver).value
-        needed = ctx.needs_input_grad[4:]
+        w = linear_solve(operator(tensors), grads[0], ctx.solver, on_solve=ctx.on_solve).value
+        needed = ctx.needs_input_grad[5:]
         with full_precision(x.device):
             pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)
-        return (None, None, None, w, *pulled)
+        return (None, None, None, None, w, *pulled)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        blank, solver, count, b, *tensors = args
-        b_dim, *dims = in_dims[3:]
+        blank, solver, on_solve, count, b, *tensors = args
+        b_dim, *dims = in_dims[4:]
         own = lead(tensors[:count], dims[:count], info.batch_size)
         shared = all(d is None for d in dims[count:])
         common = tensors[count:] if shared else lead(tensors[count:], dims[count:], info.batch_size)
         (b,) = lead([b], [b_dim], info.batch_size)
         operator = blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
-        out = _LinearSolve.apply(operator, solver, count, b, *own, *common)
+        out = _LinearSolve.apply(operator, solver, on_solve, count, b, *own, *common)
         return out, (0,) * len(out)
 
 
@@ -144,11 +166,11 @@ class _LinearSolve(_ReverseLinearSolve):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         x, tensors = saved(ctx, forward=True)
         operator = _operator(ctx)
-        db = torch.zeros_like(x) if tangents[3] is None else tangents[3]
+        db = torch.zeros_like(x) if tangents[4] is None else tangents[4]
         with full_precision(x.device):
-            dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[4:])
+            dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[5:])
         change = db if dA_x is None else db - dA_x
-        dx = linear_solve(operator(tensors), change, ctx.solver).value
+        dx = linear_solve(operator(tensors), change, ctx.solver, on_solve=ctx.on_solve).value
         return (dx, *(None,) * ctx.outputs)
 
 

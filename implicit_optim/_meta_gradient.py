@@ -12,12 +12,12 @@ from torch import Tensor
 
 from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._batch import where
-from implicit_optim._implicit import Curvature, OnSolve, attach_flat
+from implicit_optim._implicit import Curvature, attach_flat
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._minimize import run, solve
 from implicit_optim._objective import InnerProblem
 from implicit_optim._operator import Hessian
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import OnSolve, Solution, Status
 from implicit_optim._solver import Solver
 
 

@@ -14,8 +14,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient, draw_seed, unfused
-from implicit_optim._batch import WHOLE, Batching, over_tasks
-from implicit_optim._implicit import OnSolve
+from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._meta_gradient import Implicit, MetaGradient
 from implicit_optim._objective import InnerProblem, Objective
 from implicit_optim._proximal import Proximal, proximal
@@ -28,7 +27,7 @@ from implicit_optim._running_stats import (
     shallow_copy,
     statistics,
 )
-from implicit_optim._solution import Solution
+from implicit_optim._solution import OnSolve, Solution
 from implicit_optim._solver import Solver
 
 Episode = tuple[Any, ...]
@@ -207,7 +206,8 @@ class MetaLearner(nn.Module):
         return draw_seed() if self.stochastic else None
 
     def _inner_problem(self, tasks: int, support: Episode, seed: int | None) -> InnerProblem:
-        theta = anchor, _ = (self.anchor(), self.proximal())
+        anchor = self.anchor()
+        theta = (anchor, self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
         batching = self._automatic(tasks) if self.batching is None else self.batching
         return InnerProblem.bind(
@@ -215,11 +215,12 @@ class MetaLearner(nn.Module):
         )
 
     def _automatic(self, tasks: int) -> Batching:
-        """What was measured to be fastest, see docs/cost.md."""
+        """Threads for convolutions, see docs/cost.md; never where they would change what is drawn."""
         weights = list(self.anchor().values())
-        if torch.compiler.is_compiling():
+        convolutional = any(weight.ndim >= 3 for weight in weights)
+        if self.stochastic or weights[0].device.type != "cpu" or not convolutional:
             return WHOLE
-        if weights[0].device.type != "cpu" or all(weight.ndim < 3 for weight in weights):
+        if torch.compiler.is_compiling():
             return WHOLE
         return Batching(threads=min(tasks, torch.get_num_threads()))
 
@@ -228,14 +229,9 @@ class MetaLearner(nn.Module):
     ) -> Any:
         batching = WHOLE if self.batching is None else self.batching
         ambient = Ambient.now(next(iter(phi.values())).device, seed)
-        args = (lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching)
-        if torch.compiler.is_compiling() and seed is None:
-            return over_tasks(*args)
-
-        def call(evaluate: Callable[[], Any], start: int) -> Any:
-            return ambient.evaluate(evaluate, start=start, watched=batching.loops)
-
-        return over_tasks(*args, call=call, random=seed is not None)
+        return ambient.over_tasks(
+            lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching
+        )
 
     def _heard(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects

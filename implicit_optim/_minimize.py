@@ -85,14 +85,12 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
     _check_not_learned(solver)
     problem, init = problem.detach(), init.detach()
 
-    def part(tasks: slice) -> Solution:
+    def part(problem: InnerProblem, tasks: slice) -> Solution:
         # A clone, because a task that takes no step must not return init itself.
-        return run(problem.part(tasks), init[tasks].clone(), solver)
+        return run(problem, init[tasks].clone(), solver)
 
     with torch.no_grad(), full_precision(init.device):
-        if len(problem.shared) == 0:
-            return run(problem, init.clone(), solver)
-        return joined(problem.batching.run(part, init.shape[0]))
+        return joined(problem.parts(part, init.shape[0]))
 
 
 def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -> Solution:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient
-from implicit_optim._batch import WHOLE, Batching, over_tasks
+from implicit_optim._batch import WHOLE, Batching, pick
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._proximal import inverse_proximal, proximal
 
@@ -218,16 +218,8 @@ class InnerProblem:
 
     def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
         """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
-        random = self.ambient.seed is not None
         args = (first, theta, data, self.shared, self.batching)
-        if torch.compiler.is_compiling() and not random:
-            return over_tasks(one, *args)
-        watched = not self.shared or self.batching.loops
-
-        def call(evaluate: Callable[[], Any], start: int) -> Any:
-            return self.ambient.evaluate(evaluate, start=self.first + start, watched=watched)
-
-        return over_tasks(one, *args, call=call, random=random)
+        return self.ambient.over_tasks(one, *args, start=self.first)
 
     # -- tensors in and out, for the autograd.Functions --------------------------------------------
 
@@ -249,21 +241,34 @@ class InnerProblem:
         theta, data = pytree.tree_map(detach, (self.theta, self.data))
         return replace(self, theta=theta, data=data)
 
-    def part(self, tasks: slice) -> InnerProblem:
-        """The problems of some tasks of the outermost batch dimension, to be solved together."""
-        pick = lambda leaf: leaf[tasks] if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        data = pytree.tree_map(pick, self.data)
-        theta = self.theta if self.shared[0] else pytree.tree_map(pick, self.theta)
+    def parts(self, solve: Callable[[InnerProblem, slice], Any], tasks: int) -> list[Any]:
+        """Solve the tasks of the outermost batch dimension in the chunks of the ``batching``.
+
+        Args:
+            solve: called with the problems of a chunk and where they stand; with this problem and
+                ``slice(None)`` if it has no batch dimension.
+            tasks: length of the outermost batch dimension.
+
+        Returns:
+            What ``solve`` returned for each chunk.
+        """
+        if not self.shared:
+            return [solve(self, slice(None))]
+        return self.batching.run(lambda chunk: solve(self._part(chunk), chunk), tasks)
+
+    def _part(self, tasks: slice) -> InnerProblem:
+        theta = self.theta if self.shared[0] else pick(self.theta, tasks)
         batching = self.batching if self.batching.loops else WHOLE
         first = self.first + tasks.start
-        return replace(self, data=data, theta=theta, batching=batching, first=first)
+        return replace(
+            self, data=pick(self.data, tasks), theta=theta, batching=batching, first=first
+        )
 
     def select(self, index: tuple[int, ...]) -> InnerProblem:
         """The problem of one task, without batch dimensions."""
         if not all(self.shared):
             raise ValueError("one task can be selected only where all tasks share theta")
-        pick = lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        return replace(self, data=pytree.tree_map(pick, self.data), shared=())
+        return replace(self, data=pick(self.data, index), shared=())
 
     def add_batch(self, data: list[Any], theta: list[Any], *, shared: bool) -> InnerProblem:
         """The same problem with one more batch dimension in front, carried by these tensors."""

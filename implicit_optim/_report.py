@@ -217,9 +217,10 @@ def _numbers(solution: Solution) -> dict[str, float]:
     if "stationarity" in stats:
         result["stationarity"] = _median(stats["stationarity"])
     if "lanczos" in stats:
-        smallest, largest = solution.ritz_values()
-        result["smallest"], result["largest"] = float(smallest.min()), float(largest.max())
-        result["condition"] = _median(torch.where(smallest > 0, largest / smallest, torch.inf))
+        smallest, largest = solution.ritz_values()  # NaN for a task that took no step
+        result["smallest"] = float(smallest.double().nanquantile(0.0))
+        result["largest"] = float(largest.double().nanquantile(1.0))
+        result["condition"] = _median(torch.where(smallest <= 0, torch.inf, largest / smallest))
     return result
 
 

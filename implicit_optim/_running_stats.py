@@ -1,14 +1,14 @@
 """What layers that track running statistics (batch norm) do while a model adapts.
 
 The user's module is never changed: a policy looks at it through a shallow copy of the module tree, in
-which only those layers, and what contains them, are other objects; parameters are shared.
+which those layers are other objects; parameters are shared.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,11 @@ class RunningStats(enum.Enum):
 
 def tracking(model: nn.Module) -> dict[str, _NormBase]:
     """The layers that track running statistics, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.running_mean is not None
-    }
+    return {name: module for name, module in model.named_modules() if _tracks(module)}
+
+
+def _tracks(module: nn.Module) -> TypeGuard[_NormBase]:
+    return isinstance(module, _NormBase) and module.running_mean is not None
 
 
 def check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
@@ -72,14 +72,14 @@ def adapting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
     """The model as it adapts."""
     if policy is None:
         return model
-    return _substituted(model, _frozen if policy is RunningStats.FROZEN else _of_the_batch)
+    return shallow_copy(model, _frozen if policy is RunningStats.FROZEN else _of_the_batch)
 
 
 def predicting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
     """The model as it predicts with what was adapted; PER_TASK expects statistics as buffers."""
     if policy is not RunningStats.PER_TASK:
         return adapting(model, policy)
-    return _substituted(model, _Given)
+    return shallow_copy(model, _Given)
 
 
 def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[st
 
         layer.register_forward_pre_hook(hook)
 
-    view = _substituted(model, _of_the_batch)
+    view = shallow_copy(model, _of_the_batch)
     for name in tracking(model):
         listen(f"{name}." if name else "", view.get_submodule(name))
     forward(view)
@@ -143,38 +143,31 @@ class _Given(nn.Module):
         return normal if bias is None else normal + bias.reshape(shape)
 
 
-def _substituted(model: nn.Module, other: Callable[[Any], nn.Module]) -> nn.Module:
-    """A shallow copy of the module tree with every layer that tracks statistics replaced."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps would not see the copies
+def shallow_copy(model: nn.Module, norm: Callable[[Any], nn.Module] | None = None) -> nn.Module:
+    """Another module tree over the same parameters and buffers.
+
+    Args:
+        model: the tree; of what torch.compile wraps, the module inside, since the wrapper would not see
+            the copies.
+        norm: what stands for a layer that tracks running statistics. Default: its copy.
+
+    Returns:
+        The copy.
+    """
     made: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
         if id(module) not in made:
-            made[id(module)] = module  # a circle ends here
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                made[id(module)] = other(module)
+            if norm is not None and _tracks(module):
+                made[id(module)] = norm(module)
             else:
-                children = {k: c and visit(c) for k, c in module._modules.items()}
-                if any(children[k] is not c for k, c in module._modules.items()):
-                    made[id(module)] = _shallow(module)
-                    made[id(module)]._modules.update(children)
+                made[id(module)] = copy = _shallow(
+                    module
+                )  # before its children: a circle ends here
+                copy._modules.update({k: c and visit(c) for k, c in module._modules.items()})
         return made[id(module)]
 
-    return visit(model)
-
-
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """Another module tree over the same parameters and buffers."""
-    model = getattr(model, "_orig_mod", model)
-    made: dict[int, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if id(module) not in made:
-            made[id(module)] = copy = _shallow(module)
-            copy._modules.update({k: c and visit(c) for k, c in module._modules.items()})
-        return made[id(module)]
-
-    return visit(model)
+    return visit(getattr(model, "_orig_mod", model))
 
 
 def _shallow(module: nn.Module) -> Any:

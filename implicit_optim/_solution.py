@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +125,9 @@ class Solution(NamedTuple):
         text = f"{counts.pop(Status.SUCCESS)} of {self.status.numel()} success"
         failed = [f"{c} {s.name.lower()}: {s.message}" for s, c in counts.items() if c]
         return ", ".join([text, *failed])
+
+
+OnSolve = Callable[[str, Solution], None]
 
 
 def joined(parts: Sequence[Solution]) -> Solution:

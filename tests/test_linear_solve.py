@@ -442,3 +442,22 @@ def test_wrong_solver(solver):
 def test_matrix_that_is_not_square(shape):
     with pytest.raises(ValueError, match=r"matrix must be \[\*batch, n, n\], got \("):
         Dense(torch.ones(shape))
+
+
+def test_a_solve_of_a_derivative_is_told_of():
+    """`diag(1, -1)` is definite along the right-hand side and not along the cotangent."""
+    matrix = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    b = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    heard = []
+
+    def solve(b):
+        tell = lambda name, solution: heard.append((name, int(solution.status)))  # noqa: E731
+        return linear_solve(Dense(matrix), b, CG(rtol=1e-8), on_solve=tell).value
+
+    grad(lambda b: solve(b).sum())(b)
+    fine = ("linear_solve", Status.SUCCESS.value)
+    failed = ("linear_solve", Status.NEGATIVE_CURVATURE.value)
+    assert heard == [fine, failed]
+    heard.clear()
+    torch.func.jvp(solve, (b,), (torch.ones(2, dtype=torch.float64),))
+    assert heard == [failed, fine]  # forward mode takes the tangent before the value is handed back

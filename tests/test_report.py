@@ -175,6 +175,18 @@ def test_report_of_a_saddle():
     assert "3 negative_curvature" in str(meta.report())
 
 
+def test_a_task_without_a_solve_does_not_hide_the_eigenvalues_of_the_others():
+    """The second right-hand side is zero: no step, no Ritz value, and no infinite condition number."""
+    matrix = torch.diag(torch.tensor([1.0, 4.0], dtype=F64)).expand(3, 2, 2)
+    b = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 2.0]], dtype=F64)
+    numbers = iopt.Report({"linear_solve": dense(matrix, b, iopt.CG(rtol=1e-12))}).numbers()
+    expected = {"smallest": 1.0, "largest": 4.0, "condition": 4.0}
+    for name, value in expected.items():
+        assert math.isclose(numbers[f"linear_solve/{name}"], value, rel_tol=1e-9)
+    nothing = iopt.Report({"linear_solve": dense(matrix, 0 * b, iopt.CG(max_steps=0))}).numbers()
+    assert all(math.isnan(nothing[f"linear_solve/{name}"]) for name in expected)
+
+
 def test_report_is_of_the_last_call_and_keeps_no_graph_and_no_values():
     meta, batch = saddle(on_solve=iopt.Ignore())
     for x in (batch, tuple(t[:2] for t in batch)):

@@ -33,14 +33,11 @@ class _Curvature(Operator):
 
     def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
         """The chunks of the problem's [`Batching`][implicit_optim.Batching]."""
-        problem, phi = self.problem, self.phi
-        if not problem.shared:
-            return [solve(self, slice(None))]
 
-        def part(tasks: slice) -> Any:
-            return solve(replace(self, problem=problem.part(tasks), phi=phi[tasks]), tasks)
+        def part(problem: InnerProblem, tasks: slice) -> Any:
+            return solve(replace(self, problem=problem, phi=self.phi[tasks]), tasks)
 
-        return problem.batching.run(part, phi.shape[0])
+        return self.problem.parts(part, self.phi.shape[0])
 
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The point and the data; theta."""

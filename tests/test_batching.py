@@ -1,0 +1,129 @@
+"""Chunks and threads: the numbers of one batch, under every transform, and who chooses them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, jacfwd, jacrev, vmap
+
+import implicit_optim as iopt
+from implicit_optim.tasks import MLP, ConvNet
+from problems import ridge
+
+WAYS = {
+    "threads": iopt.Batching(threads=2),
+    "chunks": iopt.Batching(chunk_size=3),
+    "loop": iopt.Batching(chunk_size=1),
+    "loop in threads": iopt.Batching(chunk_size=1, threads=3),
+}
+EXACT = iopt.CG(rtol=1e-13, max_steps=200)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def attached(problem, theta, data, batching):
+    solver = iopt.newton_cg(linear_solver=EXACT, max_steps=2)
+    settings = {"batch_ndim": 1, "batching": batching}
+    solution = iopt.minimize(
+        problem.objective, problem.init, theta, *data, solver=solver, **settings
+    )
+    return iopt.attach(
+        solution.value, problem.objective, theta, *data, linear_solver=EXACT, **settings
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_finds_the_minimiser_and_its_gradient(way):
+    problem = ridge(batch=(4,))
+    theta = tuple(t.clone().requires_grad_() for t in problem.theta)
+    data = tuple(t.clone().requires_grad_() for t in problem.data)
+    phi = attached(problem, theta, data, WAYS[way])
+    v = torch.randn_like(phi)
+    gradients = torch.autograd.grad((v * phi).sum(), (*theta, *data))
+    torch.testing.assert_close(phi, problem.minimiser, rtol=1e-9, atol=1e-11)
+    expected = problem.meta_gradient(v)
+    torch.testing.assert_close(gradients[:2], expected, rtol=1e-8, atol=1e-10)
+    for i in range(4):  # the data's gradient is each task's own
+        alone = tuple(t.detach()[i].clone().requires_grad_() for t in problem.data)
+        x, y = alone
+        A = x.mT @ x / len(x) + problem.theta[1] * torch.eye(5, dtype=x.dtype)
+        one = torch.linalg.solve(A, x.mT @ y / len(x) + problem.theta[1] * problem.theta[0])
+        own = torch.autograd.grad(v[i] @ one, alone)
+        for ours, theirs in zip(gradients[2:], own, strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-8, atol=1e-10)
+
+
+TRANSFORMS = {
+    "grad": lambda f, theta, data: grad(f)(theta, data),
+    "vmap": lambda f, theta, data: vmap(f, in_dims=(0, None))(stacked(theta), data),
+    "vmap of grad": lambda f, theta, data: vmap(grad(f), in_dims=(0, None))(stacked(theta), data),
+    "grad of vmap": lambda f, theta, data: grad(
+        lambda t: vmap(lambda a: f((a, t[1]), data))(stacked(t)[0]).sum()
+    )(theta),
+    "jacfwd": lambda f, theta, data: jacfwd(f)(theta, data),
+    "jacrev of jacrev": lambda f, theta, data: jacrev(jacrev(f))(theta, data),
+    "jacfwd of jacrev": lambda f, theta, data: jacfwd(jacrev(f))(theta, data),
+}
+
+
+def stacked(theta):
+    return tuple(torch.stack([t, 2 * t]) for t in theta)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, way):
+    """What `torch.func` keeps belongs to one thread: a second one would not know of it."""
+    problem = ridge(batch=(4,))
+
+    def f(theta, data):
+        return attached(problem, theta, data, WAYS[way]).sin().sum()
+
+    def exact(theta, data):
+        (anchor, lam), (x, y) = theta, data
+        A = x.mT @ x / x.shape[1] + lam * torch.eye(5, dtype=x.dtype)
+        rhs = (x.mT @ y.unsqueeze(-1)).squeeze(-1) / x.shape[1] + lam * anchor
+        return torch.linalg.solve(A, rhs).sin().sum()
+
+    apply = TRANSFORMS[transform]
+    ours = apply(f, problem.theta, problem.data)
+    theirs = apply(exact, problem.theta, problem.data)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
+
+
+def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads):
+    torch.set_default_dtype(torch.float64)
+    x, y = torch.rand(3, 4, 1, 4, 4), torch.tensor([0, 1, 0, 1]).expand(3, 4)
+    model = ConvNet(2, image_size=4, filters=2, blocks=1, zero_head=False)
+    results = []
+    for batching in (None, iopt.Batching()):
+        meta = iopt.MetaLearner(
+            model, F.cross_entropy, solver=iopt.gd(lr=0.1, max_steps=3), lam=5.0, batching=batching
+        )
+        losses = meta((x, y), (x, y))
+        results.append((losses, *torch.autograd.grad(losses.sum(), list(model.parameters()))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+    assert torch.get_num_threads() == 2
+    conv = iopt.MetaLearner(model, F.cross_entropy, solver=iopt.gd(lr=0.1))
+    assert conv._automatic(3) == iopt.Batching(threads=2)
+    assert conv._automatic(1) == iopt.Batching(threads=1)
+
+
+def test_other_learners_take_one_batch(two_threads):
+    """A small network is fastest so; what dropout draws must not depend on the machine's cores."""
+    solver = iopt.gd(lr=0.1)
+    mlp = iopt.MetaLearner(MLP(2, (3,), 1), F.mse_loss, solver=solver)
+    drawing = iopt.MetaLearner(ConvNet(2), F.cross_entropy, solver=solver, stochastic=True)
+    assert mlp._automatic(8) == drawing._automatic(8) == iopt.Batching()
+
+
+def test_settings_out_of_range():
+    for settings in ({"chunk_size": 0}, {"chunk_size": -1}, {"threads": 0}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"Invalid {name}: .* must be >= 1"):
+            iopt.Batching(**settings)
