@@ -4,12 +4,13 @@ from implicit_optim._batch import Batching
 from implicit_optim._error_bound import error_bound
 from implicit_optim._flat import Layout
 from implicit_optim._implicit import ImplicitMetaGradient, attach
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._meta_gradient import FirstOrder, Implicit, MetaGradient, Unrolled
 from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
-from implicit_optim._objective import InnerProblem, Objective
+from implicit_optim._objective import Objective
 from implicit_optim._operator import Damped, Dense, GaussNewton, Hessian, Linearized, Operator
 from implicit_optim._proximal import Proximal, inverse_proximal, proximal
 from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn

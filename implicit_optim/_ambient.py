@@ -61,11 +61,11 @@ class Ambient:
                         return fn()
                 before = _states(self.device) if watched else []
                 result = fn()
-                if watched and _states(self.device) != before:
+                if watched and _moved(before, self.device):
                     with _LOCK:  # once more, in case that it was another thread that drew
                         before = _states(self.device)
                         fn()
-                        if _states(self.device) != before:
+                        if _moved(before, self.device):
                             raise RuntimeError("called a random operation in randomness error mode")
                 return result
         except RuntimeError as error:
@@ -90,9 +90,8 @@ class Ambient:
         args = (one, first, theta, data, shared, batching)
         if torch.compiler.is_compiling() and not random:
             return over_tasks(*args)
-        watched = not shared or batching.loops
 
-        def call(evaluate: Callable[[], Any], at: int) -> Any:
+        def call(evaluate: Callable[[], Any], at: int, watched: bool) -> Any:
             return self.evaluate(evaluate, start=start + at, watched=watched)
 
         return over_tasks(*args, call=call, random=random)
@@ -140,9 +139,15 @@ def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
                     generator.set_state(state)
 
 
-def _states(device: torch.device) -> list[bytes]:
+def _states(device: torch.device) -> list[torch.Tensor]:
     with temporarily_clear_interpreter_stack():
-        return [generator.get_state().numpy().tobytes() for generator in _generators(device)]
+        return [generator.get_state() for generator in _generators(device)]
+
+
+def _moved(before: list[torch.Tensor], device: torch.device) -> bool:
+    after = _states(device)
+    with temporarily_clear_interpreter_stack():
+        return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,9 @@ def over_tasks(
     shared: tuple[bool, ...],
     batching: Batching = WHOLE,
     *,
-    call: Callable[[Callable[[], Any], int], Any] = lambda evaluate, start: evaluate(),
+    call: Callable[[Callable[[], Any], int, bool], Any] = lambda evaluate, start, watched: (
+        evaluate()
+    ),
     random: bool = False,
 ) -> Any:
     """Evaluate ``one(first, theta, *data)`` for every task.
@@ -105,31 +107,49 @@ def over_tasks(
         data: pytrees of tensors ``[*batch, ...]``.
         shared: one flag a batch dimension, outermost first: whether theta lacks it.
         batching: the chunks in which the outermost dimension is gone through.
-        call: calls ``evaluate``, the function of a chunk, given the chunk's first task.
+        call: calls ``evaluate``, the function of a chunk, given the chunk's first task and whether
+            somebody must watch that no random number is drawn, which ``vmap`` does by itself.
         random: whether ``one`` may draw random numbers.
 
     Returns:
         A pytree of tensors ``[*batch, ...]``.
     """
     if not shared:
-        return call(lambda: one(first, theta, *data), 0)
-    loops, tasks = batching.loops, _size(first)
+        return call(lambda: one(first, theta, *data), 0, True)
+    tasks = _size(first)
+    loops = batching.loops or tasks == 1
     places: list[Any] = list(range(tasks)) if loops else batching.chunks(tasks)
     if loops or len(places) > 1:
         results = []
-        for place in places:
+        owns = [theta] * len(places) if shared[0] else _parts(theta, places)
+        each = zip(places, _parts(first, places), owns, _parts(data, places), strict=True)
+        for place, *own in each:
             start = place if loops else place.start
-            within = lambda evaluate, _, start=start: call(evaluate, start)  # noqa: E731
-            own = theta if shared[0] else pick(theta, place)
-            args = (pick(first, place), own, pick(data, place), shared[loops:])
+            within = lambda evaluate, _, watched, at=start: call(evaluate, at, watched)  # noqa: E731
             inner = batching if loops else WHOLE
-            results.append(over_tasks(one, *args, inner, call=within, random=random))
+            args = (*own, shared[loops:], inner)
+            results.append(over_tasks(one, *args, call=within, random=random))
         join: Callable[..., Tensor] = torch.stack if loops else torch.cat
         return pytree.tree_map(lambda *each: join(each), *results)
     for is_shared in reversed(shared):
         dims = (_dims(first), None if is_shared else _dims(theta), *_dims(data))
         one = torch.func.vmap(one, in_dims=dims, randomness="different" if random else "error")
-    return call(lambda: one(first, theta, *data), 0)
+    return call(lambda: one(first, theta, *data), 0, False)
+
+
+def _parts(tree: Any, places: list[Any]) -> list[Any]:
+    """The tree at every place, by one differentiable operation a tensor."""
+    leaves, spec = pytree.tree_flatten(tree)
+
+    def split(leaf: Any) -> Sequence[Any]:
+        if not isinstance(leaf, Tensor):
+            return [leaf] * len(places)
+        if isinstance(places[0], int):
+            return leaf.unbind()
+        return leaf.split([place.stop - place.start for place in places])
+
+    columns = [split(leaf) for leaf in leaves]
+    return [pytree.tree_unflatten([c[i] for c in columns], spec) for i in range(len(places))]
 
 
 def pick(tree: Any, where: int | slice | tuple[int, ...]) -> Any:
@@ -174,6 +194,18 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
-def where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for the tasks in ``mask [*batch]``, ``old`` for the others, over trailing dimensions."""
-    return torch.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
+def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
+    """``new`` for the tasks in ``mask [*batch]``, ``old`` for the others, over trailing dimensions.
+
+    On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
+    """
+    if _looking_is_free(mask):
+        if none_left(mask):
+            return old
+        if isinstance(new, Tensor) and none_left(~mask):
+            return new
+    return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+
+
+def _looking_is_free(mask: Tensor) -> bool:
+    return mask.device.type == "cpu"

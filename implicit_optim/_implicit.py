@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +19,11 @@ from implicit_optim._autograd import (
     split_grads,
 )
 from implicit_optim._batch import WHOLE, Batching
+from implicit_optim._derivative import gradient
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._objective import InnerObjective, InnerProblem, Objective
+from implicit_optim._objective import InnerObjective, Objective
 from implicit_optim._operator import GaussNewton, Hessian
 from implicit_optim._solution import OnSolve
 
@@ -171,13 +172,10 @@ class Rule:
             return split_grads(lambda leaves: bind(leaves).grad(phi), leaves, needed, w)
 
         # Of a structured F, only the part that each tensor is in.
-        def part(term: Callable[[InnerProblem, Tensor], Tensor]) -> Callable[[list[Any]], Tensor]:
-            return lambda leaves: torch.func.grad(lambda p: term(bind(leaves), p).sum())(phi)
-
         of_data = [need and i < count for i, need in enumerate(needed)]
         of_theta = [need and i >= count for i, need in enumerate(needed)]
-        data = split_grads(part(InnerProblem.fits), leaves, of_data, w)
-        theta = split_grads(part(InnerProblem.proximals), leaves, of_theta, w)
+        data = split_grads(lambda ls: gradient(bind(ls).fits, phi)[0], leaves, of_data, w)
+        theta = split_grads(lambda ls: bind(ls).proximal_at(phi)[0], leaves, of_theta, w)
         return [*data[:count], *theta[count:]]
 
 

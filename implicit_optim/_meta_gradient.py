@@ -6,16 +6,15 @@ import abc
 import math
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._batch import where
 from implicit_optim._implicit import Curvature, attach_flat
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._minimize import run, solve
-from implicit_optim._objective import InnerProblem
 from implicit_optim._operator import Hessian
 from implicit_optim._solution import OnSolve, Solution, Status
 from implicit_optim._solver import Solver
@@ -165,4 +164,4 @@ def _solved(problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSo
 
 def _or_nan(solution: Solution) -> Tensor:
     bad = solution.status == Status.NONFINITE.value
-    return where(bad, torch.full_like(solution.value, math.nan), solution.value)
+    return where(bad, math.nan, solution.value)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import Ambient, draw_seed, unfused
+from implicit_optim._ambient import Ambient, draw_seed
 from implicit_optim._batch import WHOLE, Batching
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._meta_gradient import Implicit, MetaGradient
-from implicit_optim._objective import InnerProblem, Objective
+from implicit_optim._module import as_function
+from implicit_optim._objective import Objective
 from implicit_optim._proximal import Proximal, proximal
 from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import (
@@ -24,7 +23,6 @@ from implicit_optim._running_stats import (
     adapting,
     check_statistics,
     predicting,
-    shallow_copy,
     statistics,
 )
 from implicit_optim._solution import OnSolve, Solution
@@ -144,7 +142,7 @@ class MetaLearner(nn.Module):
         seed = self._seed()
         phi = self._adapt(support, seed)
         view = predicting(self.model, self.running_stats)
-        query_loss = Objective(_forward(view), self.loss).fit
+        query_loss = Objective(as_function(view), self.loss).fit
         # Other random numbers than those of the support set, from the same draw.
         return self._over_tasks(query_loss, phi, tuple(query), None if seed is None else ~seed)
 
@@ -168,7 +166,7 @@ class MetaLearner(nn.Module):
         phi = problem.layout.unravel(flat)
         if self.running_stats is RunningStats.PER_TASK:
             phi = phi | self._over_tasks(
-                lambda p, *x: statistics(self.model, lambda view: _forward(view)(p, *x)),
+                lambda p, *x: statistics(self.model, lambda view: as_function(view)(p, *x)),
                 phi,
                 tuple(support[:-1]),
                 seed,
@@ -187,7 +185,7 @@ class MetaLearner(nn.Module):
         """
         _count_tasks("phi and inputs", (phi, *inputs))
         view = predicting(self.model, self.running_stats)
-        return self._over_tasks(_forward(view), phi, inputs, self._seed())
+        return self._over_tasks(as_function(view), phi, inputs, self._seed())
 
     def report(self) -> Report:
         """What happened in the last solves: how many tasks failed and why, how exact the others are.
@@ -200,7 +198,7 @@ class MetaLearner(nn.Module):
     def objective(self) -> Objective:
         """One task's inner problem, a function of ``(phi, (anchor, lam), *inputs, target)``."""
         view = adapting(self.model, self.running_stats)
-        return Objective(_forward(view), self.loss, proximal)
+        return Objective(as_function(view), self.loss, proximal)
 
     def _seed(self) -> int | None:
         return draw_seed() if self.stochastic else None
@@ -240,28 +238,6 @@ class MetaLearner(nn.Module):
         if last is not None:
             self._solves[name] = last
         self.on_solve(name, solution)
-
-
-def _forward(model: nn.Module) -> Callable[..., Any]:
-    """``(phi, *inputs) -> output`` of one task, which changes nothing of the model.
-
-    functional_call puts phi into a module for a moment: here into a shallow copy, one for each thread,
-    where no other thread can see it. Buffers are copies too: a model that updates them is the same
-    function at every evaluation.
-    """
-    if torch.compiler.is_compiling():
-        return lambda phi, *inputs: functional_call(model, phi, inputs)
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    buffers, views = dict(model.named_buffers()), threading.local()
-
-    def forward(phi: dict[str, Tensor], *inputs: Any) -> Any:
-        if not hasattr(views, "own"):
-            views.own = shallow_copy(model)
-        state = {name: buffer.clone() for name, buffer in buffers.items()} | phi
-        with unfused if recurrent else contextlib.nullcontext():
-            return functional_call(views.own, state, inputs)
-
-    return forward
 
 
 def _count_tasks(name: str, episode: Episode) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from implicit_optim._ambient import full_precision
 from implicit_optim._batch import WHOLE, Batching, none_left, where
-from implicit_optim._objective import InnerObjective, InnerProblem
+from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._objective import InnerObjective
 from implicit_optim._solution import Solution, Status, joined
 from implicit_optim._solver import Solver
 
@@ -123,7 +125,9 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
             if last or none_left(running):
                 break
         proposal, state, found = solver.step(problem, phi, at, state)
-        stop(~torch.isfinite(proposal).all(dim=-1), Status.NONFINITE)
+        if proposal.shape[-1]:
+            largest = torch.linalg.vector_norm(proposal, math.inf, -1)  # one pass, NaN included
+            stop(~torch.isfinite(largest), Status.NONFINITE)
         if found is not None:
             stop(~found, Status.LINE_SEARCH)
         phi = where(running, proposal, phi)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,12 +41,9 @@ def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:
 
     Source: Rajeswaran et al. 2019, Eq. 4; lam as vector or matrix: section 5.
     """
-    anchor, lam = theta
     layout = Layout.of(phi)
     flat = layout.ravel(phi)
-    offset, lam = flat - layout.ravel(anchor), _flat_lam(lam, layout, flat.dtype)
-    scaled = lam @ offset if lam.ndim == 2 else lam * offset
-    return (scaled * offset).sum() / 2
+    return Quadratic.of(theta, layout).values(flat)
 
 
 def inverse_proximal(r: Any, theta: tuple[Any, Any]) -> Any:
@@ -72,28 +70,87 @@ def inverse_proximal(r: Any, theta: tuple[Any, Any]) -> Any:
     """
     layout = Layout.of(r, name="r")
     flat = layout.ravel(r)
-    lam = _flat_lam(theta[1], layout, flat.dtype)
-    if lam.ndim == 2:
-        return layout.unravel(torch.linalg.solve(lam, flat))
-    return layout.unravel(flat / lam)
+    return layout.unravel(Quadratic.of((r, theta[1]), layout).inverse(flat))
 
 
-def _flat_lam(lam: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Lam as a scalar [], a vector [n] or a matrix [n, n]."""
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """[`proximal`][implicit_optim.proximal] on flat vectors, with its derivatives written out.
+
+    Attributes:
+        anchor: ``[*batch, n]``, with 1 where all tasks share it.
+        lam: a scalar, ``[*batch, 1]``, ``[*batch, n]``, or matrices ``[*batch, n, n]``.
+        matrix: whether lam is one.
+    """
+
+    anchor: Tensor
+    lam: Tensor
+    matrix: bool
+
+    @classmethod
+    def of(cls, theta: tuple[Any, Any], layout: Layout, shared: tuple[bool, ...] = ()) -> Quadratic:
+        """The term of ``(anchor, lam)``, whose tensors lead with the batch dimensions not shared."""
+        anchor = layout.ravel(theta[0])
+        lam, core = _flat_lam(theta[1], layout, anchor.dtype, shared.count(False))
+        for dim, is_shared in enumerate(shared if False in shared else ()):
+            if is_shared:
+                anchor, lam = anchor.unsqueeze(dim), lam.unsqueeze(dim)
+        return cls(anchor, (lam + lam.mT) / 2 if core == 2 else lam, core == 2)
+
+    def mv(self, x: Tensor) -> Tensor:
+        """``lam x``."""
+        return (self.lam @ x.unsqueeze(-1)).squeeze(-1) if self.matrix else self.lam * x
+
+    def inverse(self, r: Tensor) -> Tensor:
+        """``lam^-1 r``."""
+        if self.matrix:
+            return torch.linalg.solve(self.lam, r.unsqueeze(-1)).squeeze(-1)
+        return r / self.lam
+
+    def slope(self, phi: Tensor) -> Tensor:
+        """``lam (phi - anchor)``."""
+        return self.mv(phi - self.anchor)
+
+    def values(self, phi: Tensor) -> Tensor:
+        """``1/2 (phi - anchor) . lam (phi - anchor)``, ``[*batch]``."""
+        return self.at(phi)[2]
+
+    def at(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+        """Gradient, Hessian product and values."""
+        offset = phi - self.anchor
+        slope = self.mv(offset)
+        return slope, self.mv, torch.linalg.vecdot(slope, offset) / 2
+
+
+def _flat_lam(lam: Any, layout: Layout, dtype: torch.dtype, lead: int) -> tuple[Tensor, int]:
+    """Lam over flat vectors, and how many of its dimensions it has for one task."""
     if isinstance(lam, Mapping):
         leaves = layout.unravel(torch.zeros(layout.n, device="meta"))
         if set(lam) != set(leaves):
             raise ValueError(_name_mismatch(set(lam), set(leaves)))
-        lam = layout.ravel({name: lam[name].expand(leaf.shape) for name, leaf in leaves.items()})
-    if isinstance(lam, Tensor) and lam.ndim > 0 and lam.dtype != dtype:
-        raise ValueError(f"lam has dtype {lam.dtype} but phi has {dtype}: bring them to one dtype")
-    if isinstance(lam, Tensor) and lam.shape in ((), (layout.n,), (layout.n, layout.n)):
-        return lam
-    what = tuple(lam.shape) if isinstance(lam, Tensor) else type(lam).__name__
+        lam = layout.ravel({name: _spread(lam[name], leaf, lead) for name, leaf in leaves.items()})
+    if isinstance(lam, Tensor):
+        core = lam.shape[lead:]
+        if core == () and lead:
+            lam = lam.to(dtype).unsqueeze(-1)
+        elif core != () and lam.dtype != dtype:
+            raise ValueError(
+                f"lam has dtype {lam.dtype} but phi has {dtype}: bring them to one dtype"
+            )
+        if core in ((), (layout.n,), (layout.n, layout.n)):
+            return lam, len(core)
+    what = tuple(lam.shape[lead:]) if isinstance(lam, Tensor) else type(lam).__name__
     raise ValueError(
         f"lam must be a scalar tensor, a vector [{layout.n}], a matrix [{layout.n}, {layout.n}] or a "
         f"dict by parameter name, got {what}"
     )
+
+
+def _spread(lam: Tensor, leaf: Tensor, lead: int) -> Tensor:
+    """An entry of a dict, broadcast to the parameter that it is named for."""
+    tasks, core = lam.shape[:lead], lam.shape[lead:]
+    lam = lam.reshape((*tasks, *(1,) * (leaf.ndim - len(core)), *core))
+    return lam.expand((*tasks, *leaf.shape))
 
 
 def _name_mismatch(given: set[str], expected: set[str]) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from implicit_optim._module import shallow, shallow_copy
+
 
 class RunningStats(enum.Enum):
     """Which statistics normalisation layers use that track running ones, in training mode or not.
@@ -72,14 +74,14 @@ def adapting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
     """The model as it adapts."""
     if policy is None:
         return model
-    return shallow_copy(model, _frozen if policy is RunningStats.FROZEN else _of_the_batch)
+    return _with_norms(model, _frozen if policy is RunningStats.FROZEN else _of_the_batch)
 
 
 def predicting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
     """The model as it predicts with what was adapted; PER_TASK expects statistics as buffers."""
     if policy is not RunningStats.PER_TASK:
         return adapting(model, policy)
-    return shallow_copy(model, _Given)
+    return _with_norms(model, _Given)
 
 
 def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[st
 
         layer.register_forward_pre_hook(hook)
 
-    view = shallow_copy(model, _of_the_batch)
+    view = _with_norms(model, _of_the_batch)
     for name in tracking(model):
         listen(f"{name}." if name else "", view.get_submodule(name))
     forward(view)
@@ -111,14 +113,14 @@ def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[st
 
 
 def _of_the_batch(layer: _NormBase) -> nn.Module:
-    copy = _shallow(layer)
+    copy = shallow(layer)
     copy.training, copy.track_running_stats = True, False
     copy._buffers.update(running_mean=None, running_var=None, num_batches_tracked=None)
     return copy
 
 
 def _frozen(layer: _NormBase) -> nn.Module:
-    copy = _shallow(layer)
+    copy = shallow(layer)
     copy.training = False
     return copy
 
@@ -143,36 +145,6 @@ class _Given(nn.Module):
         return normal if bias is None else normal + bias.reshape(shape)
 
 
-def shallow_copy(model: nn.Module, norm: Callable[[Any], nn.Module] | None = None) -> nn.Module:
-    """Another module tree over the same parameters and buffers.
-
-    Args:
-        model: the tree; of what torch.compile wraps, the module inside, since the wrapper would not see
-            the copies.
-        norm: what stands for a layer that tracks running statistics. Default: its copy.
-
-    Returns:
-        The copy.
-    """
-    made: dict[int, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if id(module) not in made:
-            if norm is not None and _tracks(module):
-                made[id(module)] = norm(module)
-            else:
-                made[id(module)] = copy = _shallow(
-                    module
-                )  # before its children: a circle ends here
-                copy._modules.update({k: c and visit(c) for k, c in module._modules.items()})
-        return made[id(module)]
-
-    return visit(getattr(model, "_orig_mod", model))
-
-
-def _shallow(module: nn.Module) -> Any:
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__ = dict(module.__dict__)
-    for own in ("_parameters", "_buffers", "_modules", "_forward_pre_hooks"):
-        copy.__dict__[own] = type(module.__dict__[own])(module.__dict__[own])
-    return copy
+def _with_norms(model: nn.Module, norm: Callable[[Any], nn.Module]) -> nn.Module:
+    """The model with other layers in place of those that track running statistics."""
+    return shallow_copy(model, lambda module: norm(module) if _tracks(module) else None)

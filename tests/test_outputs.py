@@ -123,9 +123,12 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_module_is_an_error_that_says_so(reentrant, batching):
     support, query = episodes()
-    with pytest.raises(
-        RuntimeError, match=r"torch.func transforms do not support .*checkpoint.*turn it off"
-    ):
+    if reentrant and batching is LOOP:  # no transform would see it: torch's own warning
+        expected = pytest.warns(UserWarning, match="Gradients will be None")
+    else:
+        message = r"torch.func transforms do not support .*checkpoint.*turn it off"
+        expected = pytest.raises(RuntimeError, match=message)
+    with expected:
         learner(Checkpointed(reentrant), batching=batching)(support, query)
 
 

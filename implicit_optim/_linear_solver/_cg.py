@@ -132,15 +132,15 @@ class CG(LinearSolver):
             indefinite = indefinite | (running & (curvature <= least))
             running = running & ~nonfinite & ~indefinite
             alpha = torch.where(running, rz / curvature, 0.0).unsqueeze(-1)
-            x = where(running, x + alpha * p, x)
-            r = where(running, r - alpha * Ap, r)
+            x = where(running, torch.addcmul(x, alpha, p), x)
+            r = where(running, torch.addcmul(r, alpha, Ap, value=-1), r)
             steps = steps + running
             residual_norm = _norm(r)
             running = running & (residual_norm > target)
             z = operator.precondition(r)
             rz, rz_before = _dot(r, z), rz
             beta = torch.where(running, rz / rz_before, 0.0)
-            p = where(running, z + beta.unsqueeze(-1) * p, p)
+            p = where(running, torch.addcmul(z, beta.unsqueeze(-1), p), p)
             p_in_M = rz + beta.square() * p_in_M
             carried = torch.where(running, beta / alpha.squeeze(-1), 0.0)
             off_diagonal = torch.where(running, carried / beta.sqrt(), 0.0)
@@ -151,8 +151,8 @@ class CG(LinearSolver):
         if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
             true_norm = _norm(b - operator.mv(x))
             residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
-        x = scale.unsqueeze(-1) * where(stopped_at_once, first_order, x)
-        x = where(nonfinite, torch.full_like(x, math.nan), x)
+        x = where(stopped_at_once, first_order, x) * scale.unsqueeze(-1)
+        x = where(nonfinite, math.nan, x)
         status = torch.zeros_like(steps)
         if not fixed:
             missed = residual_norm > 1.01 * target

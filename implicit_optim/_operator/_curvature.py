@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import twice_differentiable
-from implicit_optim._objective import InnerProblem
+from implicit_optim._derivative import SecondOrder, second_order, vjp
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._operator._base import Leaves, Linearized, Operator, Vector
 
 
@@ -38,6 +38,15 @@ class _Curvature(Operator):
             return solve(replace(self, problem=problem, phi=self.phi[tasks]), tasks)
 
         return self.problem.parts(part, self.phi.shape[0])
+
+    def _linearized(self, *terms: SecondOrder) -> Linearized:
+        """The sum of the terms' gradients, products and values."""
+        slopes, products, values = zip(*terms, strict=True)
+
+        def mv(x: Tensor) -> Tensor:
+            return _sum([product(x) for product in products])
+
+        return Linearized(mv, self.precondition, _sum(slopes), _sum(values))
 
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The point and the data; theta."""
@@ -80,8 +89,8 @@ class Hessian(_Curvature):
 
     def linearize(self) -> Linearized:
         """Keep the graph of one gradient; each product is one pull-back through it."""
-        gradient, product, values = _second_order(self.problem.values, self.phi)
-        return Linearized(product, self.precondition, gradient, values)
+        term, rest = self.problem.quadratic, second_order(self.problem.rest, self.phi)
+        return self._linearized(rest) if term is None else self._linearized(rest, term.at(self.phi))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,31 +126,16 @@ class GaussNewton(_Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem, self.phi
-        with twice_differentiable():
-            output, pull = cast(Any, torch.func.vjp(problem.predictions, phi))
+        output, pull = vjp(problem.predictions, phi)
         zero = pytree.tree_map(torch.zeros_like, output)
-        _, push = cast(Any, torch.func.vjp(lambda y: pull(y)[0], zero))  # J x: the transpose of J^T
-        slope, out_hessian, losses = _second_order(problem.losses, output)
-        prox_slope, prox_hessian, terms = _second_order(problem.proximals, phi)
+        _, push = vjp(pull, zero)  # J x: the transpose of J^T
+        slope, out_hessian, losses = second_order(problem.losses, output)
 
         def mv(x: Tensor) -> Tensor:
-            return pull(out_hessian(push(x)[0]))[0] + prox_hessian(x)
+            return pull(out_hessian(push(x)))
 
-        return Linearized(mv, self.precondition, pull(slope)[0] + prox_slope, losses + terms)
+        return self._linearized((pull(slope), mv, losses), problem.proximal_at(phi))
 
 
-def _second_order(
-    values: Callable[[Any], Tensor], x: Any
-) -> tuple[Any, Callable[[Any], Any], Tensor]:
-    """Gradient of ``values(x).sum()``, its Hessian product at x with a kept graph, and the values."""
-
-    def gradient(x: Any) -> tuple[Any, Tensor]:
-        def total(x: Any) -> tuple[Tensor, Tensor]:
-            each = values(x)
-            return each.sum(), each
-
-        return torch.func.grad(total, has_aux=True)(x)
-
-    with twice_differentiable():
-        slope, pull, each = cast(Any, torch.func.vjp(gradient, x, has_aux=True))
-    return slope, lambda direction: pull(direction)[0], each
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return sum(terms[1:], terms[0])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from implicit_optim._objective import InnerProblem
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
+from implicit_optim._solver._gd import gd_update
 
 
 def agd_update(
     y: Tensor, x: Tensor, grad: Tensor, lr: float | Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """``x' = y - lr grad(y)``, ``y' = x' + momentum (x' - x)``: the next (y, x)."""
-    x_next = y - lr * grad
-    return x_next + momentum * (x_next - x), x_next
+    x_next = gd_update(y, grad, lr)
+    return torch.lerp(x, x_next, 1 + momentum), x_next
 
 
 def agd_constants(strong_convexity: float, smoothness: float) -> tuple[float, float]:

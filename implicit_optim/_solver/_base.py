@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_optim._objective import InnerProblem
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._operator import Linearized
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from implicit_optim._batch import is_batched
-from implicit_optim._objective import InnerProblem
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._solver._base import Evaluation, Solver, State
 
 _ELEMENTWISE = (

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from implicit_optim._objective import InnerProblem
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
 
 
 def gd_update(phi: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
     """``phi - lr grad``."""
-    return phi - lr * grad
+    return phi - lr * grad if isinstance(lr, Tensor) else torch.sub(phi, grad, alpha=lr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._objective import InnerProblem
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
 from implicit_optim._solver._base import Evaluation, Solver, State

@@ -1,0 +1,271 @@
+"""The inner problem: one task's objective, summed over a batch of tasks.
+
+Second derivatives must never be taken outside ``vmap(grad(F))``: through batch, instance and layer
+norm torch then returns wrong numbers without a word. So ``vmap`` goes around the *value* only, and
+everything above differentiates the *sum* over the tasks; the Hessian of the sum is block-diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicit_optim._ambient import Ambient
+from implicit_optim._batch import WHOLE, Batching, pick
+from implicit_optim._derivative import SecondOrder, gradient, second_order
+from implicit_optim._flat import Layout, keystr
+from implicit_optim._objective import InnerObjective, Objective
+from implicit_optim._proximal import Quadratic, inverse_proximal, proximal
+
+
+@dataclass(frozen=True, eq=False)
+class InnerProblem:
+    """An objective bound to its hyper-parameters and data, as a function of flat ``phi [*batch, n]``.
+
+    Attributes:
+        objective: ``F(phi, theta, *data) -> scalar`` of one task.
+        layout: how phi's pytree lies in the flat vector.
+        theta: pytree of hyper-parameters.
+        data: tuple of pytrees; every tensor carries the batch dimensions.
+        shared: one flag per batch dimension, outermost first: whether theta is the same for all its
+            elements (no such dimension in theta's tensors) or carries the dimension too.
+        ambient: precision and random numbers of every evaluation.
+        batching: how the tasks of a batch are evaluated and solved.
+        first: place of the first task in the batch that this problem is a part of.
+        term: the proximal term on flat vectors, where it need not be made anew for every evaluation.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> F = lambda phi, theta, a: (a * phi**2).sum() / 2 - theta * phi.sum()
+        >>> phi, a = torch.ones(4, 3), torch.arange(4.0)
+        >>> problem = iopt.InnerProblem.bind(F, phi, torch.tensor(1.0), a, batch_ndim=1)
+        >>> problem.grad(phi)[:, 0].tolist()
+        [-1.0, 0.0, 1.0, 2.0]
+    """
+
+    objective: InnerObjective
+    layout: Layout
+    theta: Any
+    data: tuple[Any, ...]
+    shared: tuple[bool, ...]
+    ambient: Ambient
+    batching: Batching
+    first: int = 0
+    term: Quadratic | None = None
+
+    @classmethod
+    def bind(
+        cls,
+        objective: InnerObjective,
+        phi: Any,
+        theta: Any,
+        *data: Any,
+        batch_ndim: int = 0,
+        seed: int | None = None,
+        batching: Batching = WHOLE,
+    ) -> InnerProblem:
+        """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
+
+        Autocast is remembered: whatever evaluates the problem later does so in the same precision.
+
+        Raises:
+            TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
+            ValueError: batch dimensions are empty or differ between phi and data.
+        """
+        if not callable(objective):
+            raise TypeError(f"objective must be callable, got {type(objective).__name__}")
+        if batch_ndim < 0:
+            raise ValueError(f"Invalid batch_ndim: {batch_ndim}: it must be >= 0")
+        layout = Layout.of(phi, batch_ndim)
+        first = pytree.tree_leaves(phi)[0]
+        batch = tuple(first.shape[:batch_ndim])
+        if 0 in batch:
+            raise ValueError(f"the batch dimensions {batch} are empty: give at least one task")
+        for path, leaf in pytree.tree_flatten_with_path(data)[0]:
+            if not isinstance(leaf, Tensor):
+                continue
+            if tuple(leaf.shape[:batch_ndim]) != batch:
+                raise ValueError(
+                    f"data{keystr(path)} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} "
+                    f"it must lead with phi's batch dimensions {batch}"
+                )
+            _check_device(f"data{keystr(path)}", leaf, first)
+        for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                _check_device(f"theta{keystr(path)}", leaf, first)
+        ambient = Ambient.now(first.device, seed)
+        return cls(objective, layout, theta, data, (True,) * batch_ndim, ambient, batching)
+
+    # -- values and derivatives of the sum over the batch ------------------------------------------
+
+    def values(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The objective of every task."""
+        term = self.quadratic
+        return self.rest(phi) if term is None else self.rest(phi) + term.values(phi)
+
+    def rest(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The objective of every task without the proximal term that is known."""
+        if self.quadratic is not None:
+            return self.fits(phi)
+        objective = self.objective
+        return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
+
+    @property
+    def quadratic(self) -> Quadratic | None:
+        """The proximal term, if it is [`proximal`][implicit_optim.proximal]."""
+        if getattr(self.objective, "proximal", None) is not proximal:
+            return None
+        return self.term or Quadratic.of(self.theta, self.layout, self.shared)
+
+    def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
+        """The structured objective's predictions for every task."""
+        predict = self.structured.predict
+        return self._map(lambda p, _, *inputs: predict(p, *inputs), phi, None, self.data[:-1])
+
+    def losses(self, output: Any) -> Float[Tensor, "*batch"]:
+        """The structured objective's loss of every task, given its predictions."""
+        loss = self.structured.loss
+        return self._vmap(lambda o, _, y: _scalar(loss(o, y)), output, None, self.data[-1:])
+
+    def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The structured objective's data term of every task."""
+        fit = self.structured.fit
+        return self._map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
+
+    def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> SecondOrder:
+        """Gradient, Hessian product and values of the structured objective's proximal term."""
+        if self.quadratic is not None:
+            return self.quadratic.at(phi)
+        term = self.structured.proximal or (lambda phi, theta: torch.zeros(()))
+        one = lambda *args: _scalar(term(*args))  # noqa: E731
+        return second_order(lambda phi: self._map(one, phi, self.theta, ()), phi)
+
+    def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Gradient of every task's objective, from one backward pass through the sum."""
+        return self.grad_and_value(phi)[0]
+
+    def grad_and_value(
+        self, phi: Float[Tensor, "*batch n"]
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
+        """Gradient and value of every task's objective."""
+        slope, values = gradient(self.rest, phi)
+        if self.quadratic is None:
+            return slope, values
+        more, _, penalties = self.quadratic.at(phi)
+        return slope + more, values + penalties
+
+    def precondition(self, r: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """``r / lam`` where the objective knows its proximal term, else ``r``."""
+        solve = getattr(self.objective, "inverse_proximal", None)
+        if solve is None:
+            return r
+        if solve is inverse_proximal and self.quadratic is not None:
+            return self.quadratic.inverse(r)
+        ravel = self.layout.ravel
+        return self._vmap(
+            lambda r, theta: ravel(solve(self.layout.unravel(r), theta)), r, self.theta, ()
+        )
+
+    @property
+    def structured(self) -> Objective:
+        """The objective, if it has the structure that Gauss-Newton needs.
+
+        Raises:
+            TypeError: it is a plain function.
+        """
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                "curvature=GaussNewton needs the structure of the objective: pass "
+                "Objective(predict, loss, proximal), or use curvature=Hessian with a plain function"
+            )
+        return self.objective
+
+    def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
+        unravel = self.layout.unravel
+        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
+
+    def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
+        """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
+        args = (first, theta, data, self.shared, self.batching)
+        return self.ambient.over_tasks(one, *args, start=self.first)
+
+    # -- tensors in and out, for the autograd.Functions --------------------------------------------
+
+    def tensors(self) -> tuple[list[Any], list[Any]]:
+        """Leaves of data (which carry the batch dimensions) and of theta."""
+        return pytree.tree_leaves(self.data), pytree.tree_leaves(self.theta)
+
+    def with_tensors(self, data: list[Any], theta: list[Any]) -> InnerProblem:
+        """The same problem over other tensors."""
+        return replace(
+            self,
+            data=pytree.tree_unflatten(data, pytree.tree_structure(self.data)),
+            theta=pytree.tree_unflatten(theta, pytree.tree_structure(self.theta)),
+            term=None,
+        )
+
+    def detach(self) -> InnerProblem:
+        """The same problem over tensors without a graph."""
+        detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        theta, data = pytree.tree_map(detach, (self.theta, self.data))
+        problem = replace(self, theta=theta, data=data, term=None)
+        return replace(problem, term=problem.quadratic)
+
+    def parts(self, solve: Callable[[InnerProblem, slice], Any], tasks: int) -> list[Any]:
+        """Solve the tasks of the outermost batch dimension in the chunks of the ``batching``.
+
+        Args:
+            solve: called with the problems of a chunk and where they stand; with this problem and
+                ``slice(None)`` if it has no batch dimension.
+            tasks: length of the outermost batch dimension.
+
+        Returns:
+            What ``solve`` returned for each chunk.
+        """
+        if not self.shared:
+            return [solve(self, slice(None))]
+        return self.batching.run(lambda chunk: solve(self._part(chunk), chunk), tasks)
+
+    def _part(self, tasks: slice) -> InnerProblem:
+        theta = self.theta if self.shared[0] else pick(self.theta, tasks)
+        batching = self.batching if self.batching.loops else WHOLE
+        first, term = self.first + tasks.start, self.term if self.shared[0] else None
+        return replace(
+            self,
+            data=pick(self.data, tasks),
+            theta=theta,
+            batching=batching,
+            first=first,
+            term=term,
+        )
+
+    def select(self, index: tuple[int, ...]) -> InnerProblem:
+        """The problem of one task, without batch dimensions."""
+        if not all(self.shared):
+            raise ValueError("one task can be selected only where all tasks share theta")
+        return replace(self, data=pick(self.data, index), shared=(), term=None)
+
+    def add_batch(self, data: list[Any], theta: list[Any], *, shared: bool) -> InnerProblem:
+        """The same problem with one more batch dimension in front, carried by these tensors."""
+        return replace(self.with_tensors(data, theta), shared=(shared, *self.shared))
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"objective must return one scalar per task, got {what}: reduce the loss over the examples, "
+            "and set batch_ndim to the number of leading task dimensions of phi and data"
+        )
+    return value
+
+
+def _check_device(name: str, leaf: Tensor, phi: Tensor) -> None:
+    if leaf.device != phi.device:
+        raise ValueError(f"{name} is on {leaf.device} but phi is on {phi.device}: move one of them")

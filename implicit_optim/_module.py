@@ -1,0 +1,102 @@
+"""A module as a function of its parameters, without changing the module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from implicit_optim._ambient import unfused
+
+
+def as_function(model: nn.Module) -> Callable[..., Any]:
+    """``(phi, *inputs) -> output`` of one task, which changes nothing of the model.
+
+    Parameters are put into a module for a moment: here into a shallow copy, one for each thread, where
+    nobody else sees them. Buffers are copies too: a model that updates them is the same function at
+    every evaluation.
+
+    Args:
+        model: the module.
+
+    Returns:
+        A function of parameters (and buffers) by name, and of the module's inputs.
+    """
+    if torch.compiler.is_compiling():
+        return lambda phi, *inputs: functional_call(model, phi, inputs)
+    buffers, views = dict(model.named_buffers()), threading.local()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+    def forward(phi: dict[str, Tensor], *inputs: Any) -> Any:
+        if not hasattr(views, "own"):
+            views.own = _View(model)
+        state = {name: buffer.clone() for name, buffer in buffers.items()} | phi
+        if recurrent:  # these keep a second list of their weights
+            with unfused:
+                return functional_call(views.own.module, state, inputs)
+        return views.own(state, *inputs)
+
+    return forward
+
+
+class _View:
+    """A shallow copy that is called with other tensors: ``functional_call`` without its checks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.module = shallow_copy(model)
+        self.slots: list[tuple[Any, str, str, Tensor]] = [
+            (place, key, names[id(t)], t)
+            for module in self.module.modules()
+            for place in (module._parameters, module._buffers)
+            for key, t in place.items()
+            if t is not None
+        ]
+
+    def __call__(self, state: dict[str, Tensor], *inputs: Any) -> Any:
+        try:
+            for place, key, name, own in self.slots:
+                place[key] = state.get(name, own)
+            return self.module(*inputs)
+        finally:
+            for place, key, _, own in self.slots:
+                place[key] = own
+
+
+def shallow_copy(
+    model: nn.Module, instead: Callable[[nn.Module], nn.Module | None] = lambda module: None
+) -> nn.Module:
+    """Another module tree over the same parameters and buffers.
+
+    Args:
+        model: the tree; of what torch.compile wraps, the module inside, since the wrapper would not see
+            the copies.
+        instead: what stands for a module, or ``None`` for its copy.
+
+    Returns:
+        The copy.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            other = instead(module)
+            made[id(module)] = copy = shallow(module) if other is None else other
+            if other is None:  # after it was made: a circle ends here
+                copy._modules.update({k: c and visit(c) for k, c in module._modules.items()})
+        return made[id(module)]
+
+    return visit(getattr(model, "_orig_mod", model))
+
+
+def shallow(module: nn.Module) -> Any:
+    """Another module with the same attributes, that has its own places for tensors and children."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__ = dict(module.__dict__)
+    for own in ("_parameters", "_buffers", "_modules", "_forward_pre_hooks"):
+        copy.__dict__[own] = type(module.__dict__[own])(module.__dict__[own])
+    return copy
