@@ -53,6 +53,7 @@ WORKLOADS = {
     "conv-4": lambda: omniglot(4, 5, 1),
     "conv-16": lambda: omniglot(16, 5, 1),
     "conv-32": lambda: omniglot(32, 5, 1),
+    "conv-5shot-4": lambda: omniglot(4, 5, 5),
     "conv-20way-1": lambda: omniglot(1, 20, 5),
     "conv-20way-4": lambda: omniglot(4, 20, 5),
     "quadratic-50": lambda: quadratic(50, 1),

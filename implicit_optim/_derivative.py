@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import twice_differentiable
+from implicit_optim._layers import recording
 
 # A gradient, its Hessian's product, and the values.
 SecondOrder = tuple[Any, Callable[[Any], Any], Tensor]
@@ -37,7 +38,8 @@ def _alone() -> bool:
 def _recording() -> Iterator[None]:
     """Record a graph, in which activation checkpointing is refused, as torch.func refuses it."""
     refusal = "torch.func transforms do not yet support saved tensor hooks"
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refusal):
+    hooks = torch.autograd.graph.disable_saved_tensors_hooks(refusal)
+    with torch.enable_grad(), hooks, recording():
         yield
 
 

@@ -148,7 +148,8 @@ class InnerProblem:
 
     def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Gradient of every task's objective, from one backward pass through the sum."""
-        return self.grad_and_value(phi)[0]
+        slope, term = gradient(self.rest, phi)[0], self.quadratic
+        return slope if term is None else slope + term.slope(phi)
 
     def grad_and_value(
         self, phi: Float[Tensor, "*batch n"]

@@ -30,6 +30,9 @@ from implicit_optim._solver import Solver
 
 Episode = tuple[Any, ...]
 
+# Up to so many examples of a task, a CPU computes the convolutions of all tasks faster in one call.
+FEW_EXAMPLES = 12
+
 
 class MetaLearner(nn.Module):
     r"""A model whose parameters are meta-parameters: it adapts to T tasks at once.
@@ -207,25 +210,28 @@ class MetaLearner(nn.Module):
         anchor = self.anchor()
         theta = (anchor, self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
-        batching = self._automatic(tasks) if self.batching is None else self.batching
+        batching = self._automatic(support) if self.batching is None else self.batching
         return InnerProblem.bind(
             self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=batching
         )
 
-    def _automatic(self, tasks: int) -> Batching:
-        """Threads for convolutions, see docs/cost.md; never where they would change what is drawn."""
+    def _automatic(self, episode: Episode) -> Batching:
+        """How convolutions are solved on a CPU, see docs/cost.md; it never changes what is drawn."""
         weights = list(self.anchor().values())
         convolutional = any(weight.ndim >= 3 for weight in weights)
         if self.stochastic or weights[0].device.type != "cpu" or not convolutional:
             return WHOLE
         if torch.compiler.is_compiling():
             return WHOLE
-        return Batching(threads=min(tasks, torch.get_num_threads()))
+        tasks, examples = _leading(episode)
+        if examples <= FEW_EXAMPLES:
+            return WHOLE
+        return Batching(chunk_size=1, threads=min(tasks, torch.get_num_threads()))
 
     def _over_tasks(
         self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
     ) -> Any:
-        batching = WHOLE if self.batching is None else self.batching
+        batching = self._automatic(data) if self.batching is None else self.batching
         ambient = Ambient.now(next(iter(phi.values())).device, seed)
         return ambient.over_tasks(
             lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching
@@ -238,6 +244,12 @@ class MetaLearner(nn.Module):
         if last is not None:
             self._solves[name] = last
         self.on_solve(name, solution)
+
+
+def _leading(episode: Episode) -> tuple[int, int]:
+    """Tasks, and examples of each."""
+    shape = next(t.shape for t in pytree.tree_leaves(episode) if isinstance(t, Tensor))
+    return shape[0], shape[1] if len(shape) > 1 else 1
 
 
 def _count_tasks(name: str, episode: Episode) -> int:

@@ -108,6 +108,8 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
 
     def stop(who: Tensor, why: Status) -> None:
         nonlocal running, status
+        if who.device.type == "cpu" and none_left(who):
+            return
         status = torch.where(running & who, why.value, status)
         running = running & ~who
 
@@ -118,16 +120,14 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
         at = solver.evaluate(problem, phi)
         norm = torch.linalg.vector_norm(at.grad, dim=-1)
         first_norm = norm if k == 0 else first_norm
-        grad_norm = torch.where(running, norm, grad_norm)
-        stop(~torch.isfinite(norm), Status.NONFINITE)
+        grad_norm = where(running, norm, grad_norm)
         if solver.tol > 0:
             stop(norm <= solver.tol, Status.SUCCESS)
             if last or none_left(running):
+                stop(~(norm < math.inf), Status.NONFINITE)
                 break
         proposal, state, found = solver.step(problem, phi, at, state)
-        if proposal.shape[-1]:
-            largest = torch.linalg.vector_norm(proposal, math.inf, -1)  # one pass, NaN included
-            stop(~torch.isfinite(largest), Status.NONFINITE)
+        stop(~(torch.maximum(norm, _largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
             stop(~found, Status.LINE_SEARCH)
         phi = where(running, proposal, phi)
@@ -136,6 +136,13 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
         stop(running, Status.MAX_STEPS)
     stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
     return Solution(phi, status.to(torch.int8), stats)
+
+
+def _largest(phi: Tensor) -> Tensor:
+    """``max |phi|`` of each task, NaN included, in one pass."""
+    if phi.shape[-1] == 0:
+        return phi.new_zeros(phi.shape[:-1])
+    return torch.linalg.vector_norm(phi, math.inf, -1)
 
 
 def _check_not_learned(solver: Solver) -> None:

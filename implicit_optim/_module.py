@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from implicit_optim._ambient import unfused
+from implicit_optim._layers import STAND_INS
 
 
 def as_function(model: nn.Module) -> Callable[..., Any]:
@@ -48,7 +49,7 @@ class _View:
 
     def __init__(self, model: nn.Module) -> None:
         names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
-        self.module = shallow_copy(model)
+        self.module = shallow_copy(model, _stand_in)
         self.slots: list[tuple[Any, str, str, Tensor]] = [
             (place, key, names[id(t)], t)
             for module in self.module.modules()
@@ -65,6 +66,14 @@ class _View:
         finally:
             for place, key, _, own in self.slots:
                 place[key] = own
+
+
+def _stand_in(module: nn.Module) -> nn.Module | None:
+    if type(module) not in STAND_INS:
+        return None
+    copy = shallow(module)
+    copy.__class__ = STAND_INS[type(module)]
+    return cast(nn.Module, copy)
 
 
 def shallow_copy(

@@ -98,7 +98,7 @@ def test_transforms(transform, way):
 
 def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads):
     torch.set_default_dtype(torch.float64)
-    x, y = torch.rand(3, 4, 1, 4, 4), torch.tensor([0, 1, 0, 1]).expand(3, 4)
+    x, y = torch.rand(3, 14, 1, 4, 4), torch.tensor([0, 1] * 7).expand(3, 14)
     model = ConvNet(2, image_size=4, filters=2, blocks=1, zero_head=False)
     results = []
     for batching in (None, iopt.Batching()):
@@ -110,8 +110,10 @@ def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads)
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     assert torch.get_num_threads() == 2
     conv = iopt.MetaLearner(model, F.cross_entropy, solver=iopt.gd(lr=0.1))
-    assert conv._automatic(3) == iopt.Batching(threads=2)
-    assert conv._automatic(1) == iopt.Batching(threads=1)
+    episode = lambda tasks, examples: (torch.rand(tasks, examples, 1, 4, 4), None)  # noqa: E731
+    assert conv._automatic(episode(3, 13)) == iopt.Batching(chunk_size=1, threads=2)
+    assert conv._automatic(episode(1, 13)) == iopt.Batching(chunk_size=1, threads=1)
+    assert conv._automatic(episode(3, 12)) == iopt.Batching()  # one grouped convolution is faster
 
 
 def test_other_learners_take_one_batch(two_threads):
@@ -119,7 +121,8 @@ def test_other_learners_take_one_batch(two_threads):
     solver = iopt.gd(lr=0.1)
     mlp = iopt.MetaLearner(MLP(2, (3,), 1), F.mse_loss, solver=solver)
     drawing = iopt.MetaLearner(ConvNet(2), F.cross_entropy, solver=solver, stochastic=True)
-    assert mlp._automatic(8) == drawing._automatic(8) == iopt.Batching()
+    episode = torch.rand(8, 50, 2), None
+    assert mlp._automatic(episode) == drawing._automatic(episode) == iopt.Batching()
 
 
 def test_settings_out_of_range():

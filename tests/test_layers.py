@@ -21,6 +21,7 @@ LAYERS = {
     "_batch": 0,
     "_derivative": 0,
     "_flat": 0,
+    "_layers": 0,
     "_module": 0,
     "_running_stats": 0,
     "_solution": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -95,6 +96,8 @@ class agd(Solver):
 
     Source: Nesterov 2004, scheme 2.2.11 (constant step); Rajeswaran et al. 2019, section 4.
     """
+
+    uses_value: ClassVar[bool] = False
 
     lr: float | None = None
     momentum: float | None = None

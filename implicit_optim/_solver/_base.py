@@ -18,7 +18,7 @@ class Evaluation(NamedTuple):
     """What a rule sees at an iterate.
 
     Attributes:
-        value: objective per task ``[*batch]``.
+        value: objective per task ``[*batch]``; ``None`` for a rule that does not ask for it.
         grad: gradient per task ``[*batch, n]``.
         operator: the curvature, linearised there, for rules that use one.
 
@@ -26,12 +26,12 @@ class Evaluation(NamedTuple):
         >>> import torch, implicit_optim as iopt
         >>> phi = torch.tensor([3.0])
         >>> problem = iopt.InnerProblem.bind(lambda phi, theta: phi @ phi, phi, ())
-        >>> at = iopt.gd(lr=0.1).evaluate(problem, phi)
+        >>> at = iopt.newton_cg().evaluate(problem, phi)
         >>> at.value.item(), at.grad.tolist()
         (9.0, [6.0])
     """
 
-    value: Float[Tensor, "*batch"]
+    value: Float[Tensor, "*batch"] | None
     grad: Float[Tensor, "*batch n"]
     operator: Linearized | None = None
 
@@ -48,6 +48,7 @@ class Solver(abc.ABC):
         tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
             mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
         differentiable: whether ``Unrolled`` can differentiate through the steps.
+        uses_value: whether the rule looks at the objective's value, beside the gradient.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -62,6 +63,7 @@ class Solver(abc.ABC):
     """
 
     differentiable: ClassVar[bool] = True
+    uses_value: ClassVar[bool] = True
 
     max_steps: int
     tol: float
@@ -74,6 +76,8 @@ class Solver(abc.ABC):
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """Value and gradient at phi, and whatever else the rule wants from the same pass."""
+        if not self.uses_value:
+            return Evaluation(None, problem.grad(phi))
         grad, value = problem.grad_and_value(phi)
         return Evaluation(value, grad)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class gd(Solver):
 
     Source: Rajeswaran et al. 2019, section 4 (iMAML, GD); Nesterov 2004, theorem 2.1.15.
     """
+
+    uses_value: ClassVar[bool] = False
 
     lr: float | Tensor
     max_steps: int = 100

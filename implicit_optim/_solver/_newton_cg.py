@@ -90,7 +90,7 @@ class newton_cg(Solver):
         self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
     ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
         """One Newton step."""
-        assert at.operator is not None
+        assert at.operator is not None and at.value is not None
         direction, slope, _ = newton_direction(at.operator, at.grad, self.linear_solver)
         t, found = self.line_search.search(
             lambda t: problem.values(phi + t.unsqueeze(-1) * direction), at.value, slope

@@ -1,0 +1,106 @@
+"""Batch norm whose second derivative takes a few passes over the batch, where torch's takes thirty.
+
+A Hessian-vector product through ``F.batch_norm`` spends more time there than in the convolutions. The
+formula below needs torch's own kernel of the first derivative, once more, and three passes. It stands
+in for the layers of a model inside a solve, where only two derivatives are ever taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_optim._autograd import lead
+from implicit_optim._layers._base import fold, solving, stand_ins, unfold
+
+
+class _Layer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        w, b = layer.weight, layer.bias
+        usable = solving() and layer.running_mean is None and w is not None
+        if not usable or x.ndim < 2 or x.dtype != w.dtype or x.numel() <= x.shape[1]:
+            return super().forward(x)
+        layer._check_input_dim(x)
+        y, *_ = _BatchNorm.apply(x, w, b, layer.eps)
+        return y
+
+
+BATCH_NORMS = stand_ins(_Layer, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """``(x, weight, bias, eps) -> (y, mean, 1 / std)`` with the statistics of the batch."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Any:
+        return torch.native_batch_norm(x, w, b, None, None, True, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w, _, ctx.eps = inputs
+        _, mean, r = output
+        ctx.mark_non_differentiable(mean, r)
+        ctx.save_for_backward(x, w, mean, r)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        return (*_Backward.apply(dy, *ctx.saved_tensors, ctx.eps), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor, eps: float) -> Any:
+        tasks = info.batch_size
+        x, w, b = lead([x, w, b], in_dims[:3], tasks)
+        y, *stats = _BatchNorm.apply(fold(x), w.flatten(), b.flatten(), eps)
+        return (unfold(y, tasks), *(s.unflatten(0, (tasks, -1)) for s in stats)), (1, 0, 0)
+
+
+def _kernel(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
+    mask = [True, True, True]
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(dy, x, w, None, None, mean, r, True, eps, mask)
+
+
+class _Backward(torch.autograd.Function):
+    r"""``(dy, x, weight, mean, r, eps) -> (dx, dweight, dbias)``.
+
+    With ``h = r (x - mean)``, ``a = weight r`` and the mean E over the batch, channel by channel:
+    ``dx = a (dy - E dy - h E[h dy])``, ``dweight = m E[h dy]``, ``dbias = m E dy``.
+    """
+
+    @staticmethod
+    def forward(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
+        return _kernel(dy, x, w, mean, r, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor, p: Tensor, q: Tensor) -> Any:
+        """Along cotangents u of dx, p of dweight, q of dbias; mean and r are functions of x."""
+        dy, x, w, mean, r, sum_hdy, sum_dy = ctx.saved_tensors
+        over = [0, *range(2, x.ndim)]
+        m = x.numel() // x.shape[1]
+        # The map dy -> dx is symmetric: u goes the same way.
+        d_dy, sum_hu, sum_u = _kernel(u, x, w, mean, r, ctx.eps)
+        hu, mu, hdy, mdy = sum_hu / m, sum_u / m, sum_hdy / m, sum_dy / m
+        a, udy = w * r, (u * dy).mean(over)
+        covariance = udy - mu * mdy - hu * hdy
+        # m a covariance = <u, dx>: differentiate through h, with cotangent k_u u + k_dy dy, and a.
+        k_u, k_dy = -a * hdy, p - a * hu
+        along_h = -r * (k_u * hu + k_dy * hdy + a * covariance)
+        constant = -r * (k_u * mu + k_dy * mdy)
+
+        def c(per_channel: Tensor) -> Tensor:
+            return per_channel.reshape(-1, *[1] * (x.ndim - 2))
+
+        centred = x - c(mean)
+        d_x = torch.addcmul(c(constant), centred, c(along_h * r))
+        d_x.addcmul_(u, c(r * k_u)).addcmul_(dy, c(r * k_dy))
+        d_dy.addcmul_(centred, c(p * r)).add_(c(q))
+        return d_dy, d_x, m * r * covariance, None, None, None

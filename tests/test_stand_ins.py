@@ -1,0 +1,143 @@
+"""Layers that stand in for torch's inside a solve: torch's own values, gradients and Hessian products.
+
+The oracle is torch's layer in plain autograd, whose second derivatives are right for one task.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import implicit_optim as iopt
+from implicit_optim._layers import STAND_INS, recording
+from implicit_optim._layers._base import solving
+from implicit_optim._module import _View
+
+CASES = {
+    "conv1d": (nn.Conv1d(2, 3, 3, padding=1), (4, 2, 7)),
+    "conv2d": (nn.Conv2d(2, 3, 3, stride=2, padding=1), (4, 2, 7, 6)),
+    "conv2d without bias": (nn.Conv2d(2, 3, (2, 3), bias=False), (4, 2, 5, 6)),
+    "conv2d in groups, dilated": (nn.Conv2d(4, 6, 3, dilation=2, groups=2), (3, 4, 7, 8)),
+    "conv2d, padding=same": (nn.Conv2d(2, 3, 3, padding="same"), (4, 2, 5, 5)),
+    "conv2d, reflected": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (4, 2, 5, 5)),
+    "conv3d": (nn.Conv3d(2, 2, 2), (2, 2, 3, 4, 3)),
+    "batch norm 1d": (nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
+    "batch norm of sequences": (nn.BatchNorm1d(3, track_running_stats=False), (4, 3, 5)),
+    "batch norm 2d": (nn.BatchNorm2d(3, track_running_stats=False, eps=0.3), (4, 3, 2, 5)),
+    "batch norm 3d": (nn.BatchNorm3d(2, track_running_stats=False), (3, 2, 2, 3, 2)),
+    "batch norm without weights": (
+        nn.BatchNorm2d(3, affine=False, track_running_stats=False),
+        (4, 3, 2, 5),
+    ),
+    "batch norm in eval mode": (nn.BatchNorm2d(3).eval(), (4, 3, 2, 5)),
+}
+
+LEARNED = [name for name, (layer, _) in CASES.items() if list(layer.parameters())]
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def derivatives(call, state, x, directions, *, wrt_x):
+    """Value, gradient and Hessian product of a cubic of the layer's output."""
+    leaves = {name: t.clone().requires_grad_() for name, t in state.items()}
+    x = x.clone().requires_grad_(wrt_x)
+    wrt = [*leaves.values(), x] if wrt_x else [*leaves.values()]
+    y = call(leaves, x)
+    total = (y**3 / 3 + y.sin()).sum()
+    slopes = torch.autograd.grad(total, wrt, create_graph=True)
+    products = torch.autograd.grad(slopes, wrt, directions[: len(wrt)])
+    return [y, *slopes, *products]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrt_x"),
+    [*((name, True) for name in CASES), *((name, False) for name in LEARNED)],
+)
+def test_a_layer_has_the_derivatives_of_torch(name, wrt_x):
+    torch.manual_seed(0)
+    layer, shape = CASES[name]
+    layer = layer.double()
+    x = torch.randn(shape, dtype=torch.float64) + 2
+    state = {n: torch.randn_like(p) for n, p in layer.named_parameters()}
+    directions = [*(torch.randn_like(t) for t in state.values()), torch.randn_like(x)]
+    view = _View(layer)
+    assert type(view.module) in STAND_INS.values()
+    own = lambda leaves, x: torch.func.functional_call(layer, leaves, (x,))  # noqa: E731
+    with recording():
+        ours = derivatives(view, state, x, directions, wrt_x=wrt_x)
+    theirs = derivatives(own, state, x, directions, wrt_x=wrt_x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_batch_of_tasks_is_a_loop_over_them(name):
+    """Under vmap tasks are channels of one layer; data that all tasks share is expanded."""
+    torch.manual_seed(0)
+    layer, shape = CASES[name]
+    view = _View(layer.double())
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    state = {n: torch.randn(3, *p.shape, dtype=p.dtype) for n, p in layer.named_parameters()}
+    batched = torch.func.vmap(view, in_dims=(0, 0))
+    directions = [torch.randn_like(t) for t in [*state.values(), x]]
+    with recording():
+        got = derivatives(batched, state, x, directions, wrt_x=True)
+        shared = torch.func.vmap(view, in_dims=(0, None))(state, x[1])
+    own = lambda leaves, x: torch.func.functional_call(layer, leaves, (x,))  # noqa: E731
+    for i in range(3):
+        task = {n: t[i] for n, t in state.items()}
+        one = derivatives(own, task, x[i], [d[i] for d in directions], wrt_x=True)
+        assert relative_error(shared[i], own(task, x[1])) < 1e-12
+        for a, b in zip(got, one, strict=True):
+            assert relative_error(a[i], b) < 1e-12
+
+
+def test_nobody_stands_in_outside_of_a_solve():
+    """There a third derivative may be asked for, and forward mode."""
+    view = _View(nn.Conv2d(1, 2, 3))
+    x = torch.randn(2, 1, 5, 5)
+    assert not solving()
+    assert type(view({}, x).grad_fn).__name__ == "ConvolutionBackward0"
+    with recording():
+        assert type(view({}, x).grad_fn).__name__ == "_ConvolutionBackward"
+        with recording():
+            pass
+        assert solving()
+    assert not solving()
+
+
+def test_the_users_module_keeps_its_class():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
+    meta = iopt.MetaLearner(
+        model,
+        nn.functional.mse_loss,
+        solver=iopt.gd(lr=0.1, max_steps=1),
+        meta_gradient=iopt.Implicit(curvature=iopt.GaussNewton),
+    )
+    batch = torch.randn(2, 3, 1, 5, 5), torch.randn(2, 3, 2, 3, 3)
+    meta(batch, batch).sum().backward()
+    assert [type(m) for m in model] == [nn.Conv2d, nn.BatchNorm2d]
+
+
+def test_hooks_of_a_layer_are_called():
+    seen = []
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    meta = iopt.MetaLearner(model, nn.functional.mse_loss, solver=iopt.gd(lr=0.1, max_steps=2))
+    meta.adapt((torch.randn(1, 3, 1, 5, 5), torch.randn(1, 3, 2, 3, 3)))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("layer", ["batch norm", "convolution"])
+def test_a_layer_says_what_torch_says_of_bad_input(layer):
+    model = (
+        nn.BatchNorm2d(2, track_running_stats=False)
+        if layer == "batch norm"
+        else nn.Conv2d(2, 2, 3)
+    )
+    meta = iopt.MetaLearner(model, nn.functional.mse_loss, solver=iopt.gd(lr=0.1, max_steps=1))
+    message = "Expected more than 1 value per channel" if layer == "batch norm" else "Kernel size"
+    shape = (1, 1, 2, 1, 1)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        meta.adapt((torch.randn(shape), torch.randn(shape)))
