@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import twice_differentiable
-from implicit_optim._layers import recording
+from implicit_optim._layers import along_cotangents, recording
 
 # A gradient, its Hessian's product, and the values.
 SecondOrder = tuple[Any, Callable[[Any], Any], Tensor]
@@ -90,12 +90,16 @@ def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
     return pytree.tree_unflatten([s.detach() for s in slopes], spec), product, each.detach()
 
 
-def vjp(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def vjp(
+    fn: Callable[[Any], Any], x: Any, *, transpose: bool = False
+) -> tuple[Any, Callable[[Any], Any]]:
     """``fn(x)`` and its vector-Jacobian product with a kept graph, itself differentiable.
 
     Args:
         fn: from a pytree of tensors to one.
         x: the point.
+        transpose: whether fn is itself such a product, which is linear: of the kept graph only what
+            depends on its cotangent is gone through.
 
     Returns:
         The value, and the function from cotangents like the value to a pytree like x.
@@ -112,7 +116,8 @@ def vjp(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
     def back(cotangent: Any) -> Any:
         of = pytree.tree_leaves(cotangent)
         again = torch.is_grad_enabled()
-        pulled = _grad(out, leaves, of, retain_graph=True, create_graph=again)
+        with along_cotangents() if transpose else contextlib.nullcontext():
+            pulled = _grad(out, leaves, of, retain_graph=True, create_graph=again)
         return pytree.tree_unflatten(pulled, spec)
 
     return pytree.tree_unflatten([o.detach() for o in out], out_spec), back

@@ -102,7 +102,6 @@ class MetaLearner(nn.Module):
         _check_kinds(model, solver, meta_gradient, running_stats, batching)
         self.model = model
         self.loss = loss
-        self.proximal = lam if isinstance(lam, Proximal) else Proximal(lam)
         self.solver = solver
         self.meta_gradient = meta_gradient
         self.on_solve = Warn() if on_solve is None else on_solve
@@ -116,6 +115,7 @@ class MetaLearner(nn.Module):
                 "model has no trainable parameter: nothing can adapt; set requires_grad=True on some"
             )
         first = next(iter(anchor.values()))
+        self.proximal = lam if isinstance(lam, Proximal) else Proximal(lam, dtype=first.dtype)
         self.proximal.to(device=first.device, dtype=first.dtype)
         self.proximal.check(anchor)
 

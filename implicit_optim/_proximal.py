@@ -168,6 +168,7 @@ class Proximal(nn.Module):
         lam: strength, > 0: a number, a scalar tensor, a vector ``[n]`` over all task parameters, or a
             dict by parameter name of numbers or of tensors that broadcast to the parameter.
         learned: whether lam receives gradients.
+        dtype: of what is given as numbers. Default: torch's default dtype.
 
     Raises:
         ValueError: an entry of lam is not a finite number > 0.
@@ -181,13 +182,19 @@ class Proximal(nn.Module):
     Source: Rajeswaran et al. 2019, section 5 (learned regularisation).
     """
 
-    def __init__(self, lam: float | Tensor | Mapping[str, Any], *, learned: bool = False) -> None:
+    def __init__(
+        self,
+        lam: float | Tensor | Mapping[str, Any],
+        *,
+        learned: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.learned = learned
         self._names: tuple[str, ...] | None = tuple(lam) if isinstance(lam, Mapping) else None
         values = list(lam.values()) if isinstance(lam, Mapping) else [lam]
         for name, value in zip(self._names or ("lam",), values, strict=True):
-            tensor = _positive(name, value)
+            tensor = _positive(name, value, dtype)
             if learned:
                 self.register_parameter(self._slot(name), nn.Parameter(tensor.log()))
             else:
@@ -218,13 +225,11 @@ class Proximal(nn.Module):
         return f"learned={self.learned}"
 
 
-def _positive(name: str, value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
-    tensor = (
-        tensor.detach().clone()
-        if tensor.is_floating_point()
-        else tensor.to(torch.get_default_dtype())
-    )
+def _positive(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        tensor = value.detach().clone()
+    else:
+        tensor = torch.as_tensor(value, dtype=dtype or torch.get_default_dtype())
     if tensor.ndim == 2 and name == "lam":
         raise ValueError(
             "a matrix lam cannot be positive entry by entry: give a scalar, vector or dict"

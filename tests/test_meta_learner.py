@@ -392,3 +392,12 @@ def test_errors_name_the_argument_and_the_remedy():
     assert learner(normed)(support, query).shape == (3,)
     with pytest.raises(ValueError, match="one scalar per task"):
         iopt.MetaLearner(model, lambda z, y: (z - y) ** 2, solver=solver)(support, query)
+
+
+def test_lam_of_a_float64_model_is_not_rounded_to_float32():
+    model = torch.nn.Linear(2, 1).double()
+    lam = {"weight": 0.7, "bias": 0.1}
+    for given in (0.7, lam):
+        meta = iopt.MetaLearner(model, F.mse_loss, solver=iopt.gd(lr=0.1), lam=given)
+        stored = meta.proximal()
+        assert stored == 0.7 if given == 0.7 else {k: v.item() for k, v in stored.items()} == lam

@@ -6,6 +6,7 @@ The oracle is torch's layer in plain autograd, whose second derivatives are righ
 import pytest
 import torch
 from torch import nn
+from torch.autograd.functional import hessian
 
 import implicit_optim as iopt
 from implicit_optim._layers import STAND_INS, recording
@@ -141,3 +142,47 @@ def test_a_layer_says_what_torch_says_of_bad_input(layer):
     shape = (1, 1, 2, 1, 1)
     with pytest.raises((RuntimeError, ValueError), match=message):
         meta.adapt((torch.randn(shape), torch.randn(shape)))
+
+
+@pytest.fixture
+def images():
+    """A convolutional network with batch norm as an inner problem of two tasks, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, stride=2, padding=1),
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.Softplus(),
+        nn.Conv2d(2, 2, 2),
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.Flatten(),
+        nn.Linear(2 * 2 * 2, 2),
+    ).double()
+    meta = iopt.MetaLearner(model, nn.functional.cross_entropy, solver=iopt.gd(lr=0.1), lam=0.7)
+    x, y = torch.randn(2, 4, 1, 5, 5, dtype=torch.float64), torch.tensor([[0, 1, 1, 0]] * 2)
+    theta = ({n: p.detach() for n, p in model.named_parameters()}, meta.proximal())
+    init = {n: torch.stack([p, 1.2 * p + 0.1]) for n, p in theta[0].items()}
+    problem = iopt.InnerProblem.bind(meta.objective, init, theta, x, y, batch_ndim=1)
+    return model, problem, problem.layout.ravel(init)
+
+
+@pytest.mark.parametrize("curvature", [iopt.Hessian, iopt.GaussNewton])
+def test_curvature_of_a_model_is_the_dense_one(images, curvature):
+    """Oracle: plain autograd on the user's own module, task by task and column by column."""
+    model, problem, phi = images
+    with torch.no_grad():
+        matrix = curvature(problem, phi).as_matrix()
+    for i in range(2):
+        x, y = problem.data[0][i], problem.data[1][i]
+        outputs = lambda p, x=x: torch.func.functional_call(  # noqa: E731
+            model, problem.layout.unravel(p), (x,)
+        )
+        fit = lambda z, y=y: nn.functional.cross_entropy(z, y)  # noqa: E731
+        if curvature is iopt.Hessian:
+            dense = hessian(lambda p, f=fit, o=outputs: f(o(p)), phi[i])
+        else:
+            J = torch.func.jacrev(outputs)(phi[i]).flatten(0, 1)
+            at = outputs(phi[i]).detach()
+            H_out = hessian(fit, at).reshape(J.shape[0], J.shape[0])
+            dense = J.mT @ H_out @ J
+        dense = dense + 0.7 * torch.eye(len(dense), dtype=dense.dtype)
+        assert relative_error(matrix[i], dense) < 1e-12

@@ -1,9 +1,9 @@
 """Layers that stand in for a model's own inside a solve: the same values, cheaper second derivatives."""
 
-from implicit_optim._layers._base import recording
+from implicit_optim._layers._base import along_cotangents, recording
 from implicit_optim._layers._batch_norm import BATCH_NORMS
 from implicit_optim._layers._convolution import CONVOLUTIONS
 
 STAND_INS = BATCH_NORMS | CONVOLUTIONS
 
-__all__ = ["STAND_INS", "recording"]
+__all__ = ["STAND_INS", "along_cotangents", "recording"]

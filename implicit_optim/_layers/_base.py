@@ -26,6 +26,21 @@ def solving() -> bool:
     return getattr(_LOCAL, "solving", False)
 
 
+@contextlib.contextmanager
+def along_cotangents() -> Iterator[None]:
+    """This thread transposes a map that is linear in the cotangents: only their gradients are wanted."""
+    before, _LOCAL.linear = is_linear(), True
+    try:
+        yield
+    finally:
+        _LOCAL.linear = before
+
+
+def is_linear() -> bool:
+    """Whether the gradients of a layer's input and weights are not wanted."""
+    return getattr(_LOCAL, "linear", False)
+
+
 def stand_ins(layer: type[nn.Module], *kinds: type[nn.Module]) -> dict[type, type]:
     """For each kind of module a subclass whose ``forward`` is the layer's."""
     return {kind: type(f"Solving{kind.__name__}", (layer, kind), {}) for kind in kinds}

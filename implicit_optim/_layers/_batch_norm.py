@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_optim._autograd import lead
-from implicit_optim._layers._base import fold, solving, stand_ins, unfold
+from implicit_optim._layers._base import fold, is_linear, solving, stand_ins, unfold
 
 
 class _Layer(nn.Module):
@@ -84,23 +84,24 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor, p: Tensor, q: Tensor) -> Any:
         """Along cotangents u of dx, p of dweight, q of dbias; mean and r are functions of x."""
         dy, x, w, mean, r, sum_hdy, sum_dy = ctx.saved_tensors
-        over = [0, *range(2, x.ndim)]
-        m = x.numel() // x.shape[1]
+
+        def c(per_channel: Tensor) -> Tensor:
+            return per_channel.reshape(-1, *[1] * (x.ndim - 2))
+
         # The map dy -> dx is symmetric: u goes the same way.
         d_dy, sum_hu, sum_u = _kernel(u, x, w, mean, r, ctx.eps)
+        centred = x - c(mean)
+        d_dy.addcmul_(centred, c(p * r)).add_(c(q))
+        if is_linear():
+            return d_dy, None, None, None, None, None
+        m = x.numel() // x.shape[1]
         hu, mu, hdy, mdy = sum_hu / m, sum_u / m, sum_hdy / m, sum_dy / m
-        a, udy = w * r, (u * dy).mean(over)
+        a, udy = w * r, (u * dy).mean([0, *range(2, x.ndim)])
         covariance = udy - mu * mdy - hu * hdy
         # m a covariance = <u, dx>: differentiate through h, with cotangent k_u u + k_dy dy, and a.
         k_u, k_dy = -a * hdy, p - a * hu
         along_h = -r * (k_u * hu + k_dy * hdy + a * covariance)
         constant = -r * (k_u * mu + k_dy * mdy)
-
-        def c(per_channel: Tensor) -> Tensor:
-            return per_channel.reshape(-1, *[1] * (x.ndim - 2))
-
-        centred = x - c(mean)
         d_x = torch.addcmul(c(constant), centred, c(along_h * r))
         d_x.addcmul_(u, c(r * k_u)).addcmul_(dy, c(r * k_dy))
-        d_dy.addcmul_(centred, c(p * r)).add_(c(q))
         return d_dy, d_x, m * r * covariance, None, None, None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_optim._autograd import lead
-from implicit_optim._layers._base import fold, solving, stand_ins, unfold
+from implicit_optim._layers._base import fold, is_linear, solving, stand_ins, unfold
 
 # stride, padding, dilation, transposed, output_padding, groups
 Geometry = tuple[Any, ...]
@@ -86,6 +86,8 @@ class _Backward(torch.autograd.Function):
         for i, (image, kernel) in enumerate(terms):
             more = _aten.convolution(image, kernel, q if i == 0 else None, *ctx.geometry)
             d_dy = more if i == 0 else more.add_(d_dy)
+        if is_linear():
+            return d_dy, None, None, None, None
         _, of_x, of_w, *_ = ctx.needs_input_grad
         needed = (of_x and p is not None, of_w and u is not None, False)
         d_x = d_w = None

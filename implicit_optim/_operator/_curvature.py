@@ -128,7 +128,7 @@ class GaussNewton(_Curvature):
         problem, phi = self.problem, self.phi
         output, pull = vjp(problem.predictions, phi)
         zero = pytree.tree_map(torch.zeros_like, output)
-        _, push = vjp(pull, zero)  # J x: the transpose of J^T
+        _, push = vjp(pull, zero, transpose=True)  # J x: the transpose of J^T
         slope, out_hessian, losses = second_order(problem.losses, output)
 
         def mv(x: Tensor) -> Tensor:
