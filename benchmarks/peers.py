@@ -73,18 +73,34 @@ class Workload:
         return [p.requires_grad_() for p in phi]
 
 
-def ours(w, rule=None, **settings):
-    """The meta-step of this library; a fresh learner costs nothing."""
-    meta = iopt.MetaLearner(
+def learner(w, rule=None, **settings):
+    return iopt.MetaLearner(
         w.model, w.loss, lam=LAM, solver=iopt.gd(lr=w.lr, max_steps=w.steps),
         meta_gradient=rule or iopt.Implicit(iopt.CG(max_steps=w.cg, min_curvature=0.0)),
         on_solve=iopt.Ignore(), **settings,
     )  # fmt: skip
+
+
+def ours(w, rule=None, **settings):
+    """The meta-step of this library; a fresh learner costs nothing."""
+    meta = learner(w, rule, **settings)
     return torch.autograd.grad(meta(w.support, w.query).mean(), w.theta)
 
 
 def first_order(w):
     return ours(w, iopt.FirstOrder())
+
+
+def compiled(w):
+    """The same step, compiled once."""
+    meta = torch.compile(learner(w), fullgraph=True)
+
+    def run():
+        return torch.autograd.grad(meta(w.support, w.query).mean(), w.theta)
+
+    for ours_, its in zip(ours(w), run(), strict=True):
+        torch.testing.assert_close(its, ours_, rtol=1e-3, atol=1e-5)
+    return run
 
 
 def dot(xs, ys):
