@@ -7,7 +7,14 @@ from implicit_optim._implicit import ImplicitMetaGradient, attach
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._meta_gradient import FirstOrder, Implicit, MetaGradient, Unrolled
+from implicit_optim._meta_gradient import (
+    FirstOrder,
+    Implicit,
+    MetaGradient,
+    Reptile,
+    Truncated,
+    Unrolled,
+)
 from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
 from implicit_optim._objective import Objective
@@ -51,6 +58,7 @@ __all__ = [
     "Proximal",
     "Raise",
     "Report",
+    "Reptile",
     "RunningStats",
     "Search",
     "Solution",
@@ -58,6 +66,7 @@ __all__ = [
     "SolveWarning",
     "Solver",
     "Status",
+    "Truncated",
     "Unrolled",
     "Warn",
     "agd",

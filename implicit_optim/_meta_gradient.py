@@ -6,6 +6,7 @@ import abc
 import math
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from implicit_optim._minimize import run, solve
 from implicit_optim._operator import Hessian
 from implicit_optim._solution import OnSolve, Solution, Status
 from implicit_optim._solver import Solver
+
+Leaves = dict[str, Tensor]
 
 
 class MetaGradient(abc.ABC):
@@ -60,6 +63,19 @@ class MetaGradient(abc.ABC):
             phi ``[*batch, n]``, a function of theta and the data. A task in which NaN or inf appeared
             is NaN throughout, so that it cannot pass unseen.
         """
+
+    def outer(self, anchor: Leaves, phi: Leaves, losses: Tensor) -> Tensor:
+        """The losses that ``forward`` returns, for a rule whose gradient is not that of the query loss.
+
+        Args:
+            anchor: theta by name.
+            phi: what it adapted to, by name, ``[T, *shape]``.
+            losses: query losses ``[T]``.
+
+        Returns:
+            Losses ``[T]``. Default: as they are.
+        """
+        return losses
 
 
 @dataclass(frozen=True)
@@ -143,16 +159,126 @@ class Unrolled(MetaGradient):
         self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
     ) -> Tensor:
         """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        if not solver.differentiable:
-            raise TypeError(
-                "meta_gradient=Unrolled() needs a solver whose steps can be differentiated, gd or agd, "
-                f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
+        return _unrolled(problem, start, solver, on_solve, f"{self}")
+
+
+@dataclass(frozen=True)
+class Truncated(MetaGradient):
+    """Truncated back-propagation: differentiate through the last steps of the inner solver alone.
+
+    Memory grows with ``steps``, whatever the solver takes. What is left out is the influence of the
+    iterate that these steps started from: the error falls by the solver's contraction each step. With
+    as many steps as the solver takes it is [`Unrolled`][implicit_optim.Unrolled].
+
+    Args:
+        steps: how many steps are differentiated through, >= 1.
+
+    Raises:
+        TypeError: when it adapts, with a solver whose steps keep no graph: ``newton_cg``,
+            ``from_torch``.
+        ValueError: ``steps < 1``; when it adapts, a solver with ``tol > 0``, whose last steps nobody
+            knows beforehand.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> half = torch.nn.Linear(1, 1, bias=False)
+        >>> meta = iopt.MetaLearner(
+        ...     half,
+        ...     torch.nn.functional.mse_loss,
+        ...     solver=iopt.gd(lr=0.25, max_steps=8),
+        ...     meta_gradient=iopt.Truncated(2),
+        ... )
+        >>> batch = (
+        ...     torch.ones(1, 1, 1),
+        ...     torch.zeros(1, 1, 1),
+        ... )  # phi <- phi - (2 phi + phi - theta) / 4
+        >>> phi = meta.adapt(batch)["weight"]
+        >>> torch.autograd.grad(phi.sum(), half.weight)[0].item()  # 1/4 + 1/4 1/4, not 1/3
+        0.3125
+
+    Source: Shaban et al. 2019, "Truncated back-propagation for bilevel optimization", section 3;
+    Rajeswaran et al. 2019, table 1.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Invalid steps: {self.steps}: it must be >= 1; none: FirstOrder()")
+
+    def adapt(
+        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
+    ) -> Tensor:
+        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
+        if solver.tol > 0:
+            raise ValueError(
+                f"{self} counts steps from the last one, which a solver with tol > 0 does not know "
+                "beforehand: set tol=0 and max_steps, or use Implicit()"
             )
-        anchor = problem.layout.ravel(problem.theta[0])
-        with twice_differentiable(), full_precision(start.device):
-            solution = run(problem, anchor.expand_as(start), solver)
-        on_solve("minimize", solution)
-        return _or_nan(solution)
+        first = max(solver.max_steps - self.steps, 0)
+        return _unrolled(problem, start, solver, on_solve, f"{self}", first)
+
+
+@dataclass(frozen=True)
+class Reptile(MetaGradient):
+    """Reptile: move theta towards every task's solution; the query set plays no part in the gradient.
+
+    ``d/d theta = theta - phi`` for each task, whatever the query loss is; ``forward`` still returns
+    that loss's value. With the proximal term it is ``grad Lhat(phi) / lam``, the gradient of the Moreau
+    envelope of the support loss divided by lam. lam receives no gradient.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> meta = iopt.MetaLearner(
+        ...     model,
+        ...     torch.nn.functional.mse_loss,
+        ...     solver=iopt.gd(lr=0.25, max_steps=8),
+        ...     meta_gradient=iopt.Reptile(),
+        ... )
+        >>> batch = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        >>> meta(batch, batch).mean().backward()
+        >>> phi = meta.adapt(batch)["weight"]
+        >>> torch.equal(model.weight.grad, model.weight - phi[0])
+        True
+
+    Source: Nichol et al. 2018, "On first-order meta-learning algorithms", algorithm 2; Rajeswaran et
+    al. 2019, appendix A; Mishchenko et al. 2023 (Moreau envelope).
+    """
+
+    def adapt(
+        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
+    ) -> Tensor:
+        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
+        return _solved(problem, start, solver, on_solve)
+
+    def outer(self, anchor: Leaves, phi: Leaves, losses: Tensor) -> Tensor:
+        """The query losses' values with the gradient of ``1/2 ||theta - phi||^2``."""
+        offsets = [(p - phi[name].detach()).reshape(len(losses), -1) for name, p in anchor.items()]
+        distance = torch.cat(offsets, 1).square().sum(1) / 2
+        return losses.detach() + (distance - distance.detach())
+
+
+def _unrolled(
+    problem: InnerProblem,
+    start: Tensor,
+    solver: Solver,
+    on_solve: OnSolve,
+    rule: str,
+    graph_from: int = 0,
+) -> Tensor:
+    """The last iterate, with the graph of the steps from ``graph_from`` on."""
+    if not solver.differentiable:
+        raise TypeError(
+            f"meta_gradient={rule} needs a solver whose steps can be differentiated, gd or agd, "
+            f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
+        )
+    anchor = problem.layout.ravel(problem.theta[0]).expand_as(start)
+    with twice_differentiable(), full_precision(start.device):
+        init = anchor if graph_from == 0 else start
+        solution = run(problem, init, solver, graph_from=graph_from)
+    on_solve("minimize", solution)
+    return _or_nan(solution)
 
 
 def _solved(problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve) -> Tensor:

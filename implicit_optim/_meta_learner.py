@@ -147,7 +147,9 @@ class MetaLearner(nn.Module):
         view = predicting(self.model, self.running_stats)
         query_loss = Objective(as_function(view), self.loss).fit
         # Other random numbers than those of the support set, from the same draw.
-        return self._over_tasks(query_loss, phi, tuple(query), None if seed is None else ~seed)
+        asked_seed = None if seed is None else ~seed
+        losses = self._over_tasks(query_loss, phi, tuple(query), asked_seed)
+        return self.meta_gradient.outer(self.anchor(), phi, losses)
 
     def adapt(self, support: Episode) -> dict[str, Tensor]:
         """Adapted parameters by name, ``[T, *shape]``; no graph is kept under ``torch.no_grad()``.
@@ -267,7 +269,10 @@ def _count_tasks(name: str, episode: Episode) -> int:
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (nn.Module, "an nn.Module"),
     "solver": (Solver, "gd(...), agd(...), newton_cg(...) or from_torch(...)"),
-    "meta_gradient": (MetaGradient, "Implicit(...), FirstOrder() or Unrolled()"),
+    "meta_gradient": (
+        MetaGradient,
+        "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
+    ),
     "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
     "batching": (Batching | None, "Batching(...) or None"),
 }

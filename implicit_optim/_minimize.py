@@ -95,11 +95,23 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
         return joined(problem.parts(part, init.shape[0]))
 
 
-def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -> Solution:
+def run(
+    problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver, *, graph_from: int = 0
+) -> Solution:
     """The loop itself, on flat vectors and in whatever grad mode it is called.
 
     A task that is done, that found no step or that met NaN keeps its iterate while the others go on.
+
+    Args:
+        problem: the inner problems.
+        phi: where to start.
+        solver: the rule.
+        graph_from: the first step that is recorded where gradients are.
+
+    Returns:
+        The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
+    record = torch.is_grad_enabled()
     running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
     steps = torch.zeros_like(running, dtype=torch.int32)
@@ -117,7 +129,9 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
         last = k == solver.max_steps
         if last and solver.tol == 0:
             break
-        at = solver.evaluate(problem, phi)
+        recorded = record and k >= graph_from
+        with torch.set_grad_enabled(recorded):
+            at = solver.evaluate(problem, phi)
         norm = torch.linalg.vector_norm(at.grad, dim=-1)
         first_norm = norm if k == 0 else first_norm
         grad_norm = where(running, norm, grad_norm)
@@ -126,7 +140,8 @@ def run(problem: InnerProblem, phi: Float[Tensor, "*batch n"], solver: Solver) -
             if last or none_left(running):
                 stop(~(norm < math.inf), Status.NONFINITE)
                 break
-        proposal, state, found = solver.step(problem, phi, at, state)
+        with torch.set_grad_enabled(recorded):
+            proposal, state, found = solver.step(problem, phi, at, state)
         stop(~(torch.maximum(norm, _largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
             stop(~found, Status.LINE_SEARCH)
