@@ -19,7 +19,8 @@ from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
 from implicit_optim._objective import Objective
 from implicit_optim._operator import Damped, Dense, GaussNewton, Hessian, Linearized, Operator
-from implicit_optim._proximal import Proximal, inverse_proximal, proximal
+from implicit_optim._proximal import Proximal
+from implicit_optim._quadratic import inverse_proximal, proximal
 from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn
 from implicit_optim._running_stats import RunningStats
 from implicit_optim._search import Armijo, FixedStep, Search

@@ -21,7 +21,7 @@ from implicit_optim._batch import WHOLE, Batching, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._objective import InnerObjective, Objective
-from implicit_optim._proximal import Quadratic, inverse_proximal, proximal
+from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._meta_gradient import Implicit, MetaGradient
 from implicit_optim._module import as_function
 from implicit_optim._objective import Objective
-from implicit_optim._proximal import Proximal, proximal
+from implicit_optim._proximal import Proximal
+from implicit_optim._quadratic import proximal
 from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import (
     RunningStats,

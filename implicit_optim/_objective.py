@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from implicit_optim._proximal import inverse_proximal, proximal
+from implicit_optim._quadratic import inverse_proximal, proximal
 
 
 @dataclass(frozen=True)

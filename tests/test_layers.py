@@ -29,6 +29,7 @@ LAYERS = {
     "_inner_problem": 1,
     "_objective": 1,
     "_proximal": 1,
+    "_quadratic": 1,
     "_report": 1,
     "_operator": 2,
     "_linear_solver": 3,
