@@ -1,13 +1,18 @@
 """`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-python -m benchmarks [cost] [speed] [soak]
+python -m benchmarks [cost] [scaling] [speed] [soak]
 """
 
 import argparse
 
-from benchmarks import cost, soak, speed
+from benchmarks import cost, scaling, soak, speed
 
-BENCHMARKS = {"cost": cost.main, "speed": speed.main, "soak": soak.main}
+BENCHMARKS = {
+    "cost": cost.main,
+    "scaling": scaling.main,
+    "speed": speed.main,
+    "soak": soak.main,
+}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")

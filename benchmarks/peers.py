@@ -2,7 +2,8 @@
 
 Every contender takes the same `Workload` and returns the mean query loss's gradient. TorchOpt and
 higher are the packages; hypertorch's and the authors' methods are written down here from their
-papers and sources, since neither installs: same algorithm, same number of products.
+papers and sources, since neither installs: same algorithm, same number of products. The packages are
+imported where they are used: a machine may lack them.
 """
 
 import warnings
@@ -10,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import higher
 import torch
-import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchopt.diff.implicit import custom_root
 
 import implicit_optim as iopt
 
@@ -165,6 +163,9 @@ def authors(w):
 
 def torchopt_cg(w, solve=None):
     """TorchOpt's implicit gradient with its CG."""
+    import torchopt
+    from torchopt.diff.implicit import custom_root
+
     solve = solve or torchopt.linear_solve.solve_cg(maxiter=w.cg, atol=0.0, rtol=0.0)
     count = len(w.theta)
 
@@ -188,11 +189,14 @@ def torchopt_cg(w, solve=None):
 
 def torchopt_default(w):
     """TorchOpt's default: CG on the normal equations, two products an iteration."""
+    import torchopt
+
     return torchopt_cg(w, torchopt.linear_solve.solve_normal_cg(maxiter=w.cg, atol=0.0, rtol=0.0))
 
 
 def higher_maml(w):
     """Unrolled MAML: another gradient, of the iterate, and the memory of every step."""
+    import higher
 
     def of_task(x, y, xq, yq):
         sgd = torch.optim.SGD(w.model.parameters(), lr=w.lr)
