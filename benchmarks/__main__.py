@@ -1,15 +1,16 @@
 """`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-python -m benchmarks [cost] [scaling] [speed] [soak]
+python -m benchmarks [cost] [scaling] [products] [speed] [soak]
 """
 
 import argparse
 
-from benchmarks import cost, scaling, soak, speed
+from benchmarks import cost, products, scaling, soak, speed
 
 BENCHMARKS = {
     "cost": cost.main,
     "scaling": scaling.main,
+    "products": products.main,
     "speed": speed.main,
     "soak": soak.main,
 }
