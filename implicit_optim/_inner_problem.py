@@ -215,8 +215,11 @@ class InnerProblem:
         """The same problem over tensors without a graph."""
         detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
         theta, data = pytree.tree_map(detach, (self.theta, self.data))
-        problem = replace(self, theta=theta, data=data, term=None)
-        return replace(problem, term=problem.quadratic)
+        return replace(self, theta=theta, data=data, term=None).prepared()
+
+    def prepared(self) -> InnerProblem:
+        """The same problem with its proximal term made once, for many evaluations."""
+        return replace(self, term=self.quadratic)
 
     def parts(self, solve: Callable[[InnerProblem, slice], Any], tasks: int) -> list[Any]:
         """Solve the tasks of the outermost batch dimension in the chunks of the ``batching``.

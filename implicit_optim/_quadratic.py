@@ -115,13 +115,13 @@ class Quadratic:
     def inverse(self, r: Tensor) -> Tensor:
         """``lam^-1 r``; of a low-rank part by the formula of Sherman, Morrison and Woodbury."""
         if self.matrix:
-            return torch.linalg.solve(self.lam, r.unsqueeze(-1)).squeeze(-1)
+            return _solve_definite(self.lam, r.unsqueeze(-1)).squeeze(-1)
         if self.factor is None:
             return r / self.lam
         spread = self.lam.unsqueeze(-1) if self.lam.ndim else self.lam
         U, scaled = self.factor, self.factor / spread
         small = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device) + U.mT @ scaled
-        inner = torch.linalg.solve(small, scaled.mT @ r.unsqueeze(-1))
+        inner = _solve_definite(small, scaled.mT @ r.unsqueeze(-1))
         return r / self.lam - (scaled @ inner).squeeze(-1)
 
     def slope(self, phi: Tensor) -> Tensor:
@@ -137,6 +137,17 @@ class Quadratic:
         offset = phi - self.anchor
         slope = self.mv(offset)
         return slope, self.mv, torch.linalg.vecdot(slope, offset) / 2
+
+
+def _solve_definite(matrix: Tensor, b: Tensor) -> Tensor:
+    """By Cholesky; NaN, without a look from the host, where the matrix is not definite.
+
+    Not by ``torch.linalg.solve``: with several threads the LU of a batch of matrices of n >= 200 was
+    seen to fail inside MKL.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor = torch.where((failed != 0)[..., None, None], torch.nan, factor)
+    return torch.cholesky_solve(b, factor)
 
 
 def _flat_lam(lam: Any, layout: Layout, dtype: torch.dtype, lead: int) -> tuple[Tensor, int]:

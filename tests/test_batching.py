@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicit_optim as iopt
+from implicit_optim import _meta_learner
 from implicit_optim.tasks import MLP, ConvNet
 from problems import ridge
 
@@ -96,8 +97,9 @@ def test_transforms(transform, way):
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
 
 
-def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads):
+def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads, monkeypatch):
     torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(_meta_learner, "LARGE_TASK", 200)
     x, y = torch.rand(3, 14, 1, 4, 4), torch.tensor([0, 1] * 7).expand(3, 14)
     model = ConvNet(2, image_size=4, filters=2, blocks=1, zero_head=False)
     results = []
@@ -113,7 +115,7 @@ def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads)
     episode = lambda tasks, examples: (torch.rand(tasks, examples, 1, 4, 4), None)  # noqa: E731
     assert conv._automatic(episode(3, 13)) == iopt.Batching(chunk_size=1, threads=2)
     assert conv._automatic(episode(1, 13)) == iopt.Batching(chunk_size=1, threads=1)
-    assert conv._automatic(episode(3, 12)) == iopt.Batching()  # one grouped convolution is faster
+    assert conv._automatic(episode(3, 12)) == iopt.Batching()  # small: one grouped convolution
 
 
 def test_other_learners_take_one_batch(two_threads):

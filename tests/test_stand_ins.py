@@ -94,6 +94,29 @@ def test_a_batch_of_tasks_is_a_loop_over_them(name):
             assert relative_error(a[i], b) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["conv2d", "conv2d in groups, dilated", "batch norm 2d"])
+def test_batches_of_batches(name):
+    torch.manual_seed(0)
+    layer, shape = CASES[name]
+    view = _View(layer.double())
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    state = {n: torch.randn(3, *p.shape, dtype=p.dtype) for n, p in layer.named_parameters()}
+    with recording():
+        got = torch.func.vmap(torch.func.vmap(view), in_dims=(None, 0))(state, x)
+        for i in range(2):
+            for j in range(3):
+                one = view({n: t[j] for n, t in state.items()}, x[i, j])
+                assert relative_error(got[i, j], one) < 1e-12
+
+
+def test_autocast_is_left_to_torch():
+    """It casts for torch's own convolution; ours would compute another function."""
+    view, x = _View(nn.Conv2d(1, 2, 3)), torch.randn(2, 1, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16), recording():
+        y = view({}, x)
+    assert y.dtype == torch.bfloat16 and type(y.grad_fn).__name__ != "_ConvolutionBackward"
+
+
 def test_nobody_stands_in_outside_of_a_solve():
     """There a third derivative may be asked for, and forward mode."""
     view = _View(nn.Conv2d(1, 2, 3))

@@ -147,6 +147,11 @@ def test_low_rank_inverse_is_the_dense_one(batch, diagonal):
     torch.testing.assert_close(solve(r), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_inverse_of_an_indefinite_matrix_is_nan():
+    matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    assert iopt.inverse_proximal(torch.ones(2), (torch.zeros(2), matrix)).isnan().all()
+
+
 def test_strengths_that_are_none():
     with pytest.raises(ValueError, match="symmetric and positive definite"):
         iopt.Proximal(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))

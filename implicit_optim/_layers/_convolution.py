@@ -26,6 +26,8 @@ class _Layer(nn.Module):
         w, zeros = layer.weight, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
         if not solving() or not zeros or x.ndim != w.ndim or x.dtype != w.dtype or not len(x):
             return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):  # which casts for torch's own layer alone
+            return super().forward(x)
         none = (0,) * len(layer.stride)
         geometry = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
         return _Convolution.apply(x, w, layer.bias, geometry)

@@ -39,14 +39,14 @@ class _Curvature(Operator):
 
         return self.problem.parts(part, self.phi.shape[0])
 
-    def _linearized(self, *terms: SecondOrder) -> Linearized:
+    def _linearized(self, problem: InnerProblem, *terms: SecondOrder) -> Linearized:
         """The sum of the terms' gradients, products and values."""
         slopes, products, values = zip(*terms, strict=True)
 
         def mv(x: Tensor) -> Tensor:
             return _sum([product(x) for product in products])
 
-        return Linearized(mv, self.precondition, _sum(slopes), _sum(values))
+        return Linearized(mv, problem.precondition, _sum(slopes), _sum(values))
 
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The point and the data; theta."""
@@ -89,8 +89,10 @@ class Hessian(_Curvature):
 
     def linearize(self) -> Linearized:
         """Keep the graph of one gradient; each product is one pull-back through it."""
-        term, rest = self.problem.quadratic, second_order(self.problem.rest, self.phi)
-        return self._linearized(rest) if term is None else self._linearized(rest, term.at(self.phi))
+        problem, phi = self.problem.prepared(), self.phi
+        rest, term = second_order(problem.rest, phi), problem.quadratic
+        terms = [rest] if term is None else [rest, term.at(phi)]
+        return self._linearized(problem, *terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ class GaussNewton(_Curvature):
 
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
-        problem, phi = self.problem, self.phi
+        problem, phi = self.problem.prepared(), self.phi
         output, pull = vjp(problem.predictions, phi)
         zero = pytree.tree_map(torch.zeros_like, output)
         _, push = vjp(pull, zero, transpose=True)  # J x: the transpose of J^T
@@ -134,7 +136,7 @@ class GaussNewton(_Curvature):
         def mv(x: Tensor) -> Tensor:
             return pull(out_hessian(push(x)))
 
-        return self._linearized((pull(slope), mv, losses), problem.proximal_at(phi))
+        return self._linearized(problem, (pull(slope), mv, losses), problem.proximal_at(phi))
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
