@@ -36,7 +36,7 @@ class Quadratic(nn.Module):
         return x @ self.phi
 
 
-def quadratic(n, tasks, examples=None):
+def quadratic(n, tasks, examples=None, lr=0.01):
     examples = examples or n
     scale = torch.linspace(0.1, 1, n)
 
@@ -45,7 +45,7 @@ def quadratic(n, tasks, examples=None):
         return x, (x * torch.randn(tasks, 1, n)).sum(-1)
 
     name = f"quadratic, n = {n}, T = {tasks}"
-    return Workload(name, Quadratic(n), F.mse_loss, batch(), batch())
+    return Workload(name, Quadratic(n), F.mse_loss, batch(), batch(), lr=lr)
 
 
 WORKLOADS = {
@@ -59,6 +59,6 @@ WORKLOADS = {
     "quadratic-50": lambda: quadratic(50, 1),
     "quadratic-50x64": lambda: quadratic(50, 64),
     "quadratic-1e3": lambda: quadratic(1_000, 1, 200),
-    "quadratic-1e5": lambda: quadratic(100_000, 1, 50),
+    "quadratic-1e5": lambda: quadratic(100_000, 1, 50, lr=2e-4),
     "quadratic-1e3x64": lambda: quadratic(1_000, 64, 50),
 }
