@@ -40,7 +40,7 @@ class Ambient:
     @classmethod
     def now(cls, device: torch.device, seed: int | None = None) -> Ambient:
         """The precision in force where this is called."""
-        on = _autocast_is_on(device)
+        on = autocast_is_on(device)
         return cls(device, torch.get_autocast_dtype(device.type) if on else None, seed)
 
     def evaluate(self, fn: Callable[[], Any], *, start: int = 0, watched: bool) -> Any:
@@ -97,7 +97,7 @@ class Ambient:
         return over_tasks(*args, call=call, random=random)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None and not _autocast_is_on(self.device):
+        if self.autocast is None and not autocast_is_on(self.device):
             return contextlib.nullcontext()
         # No cache: casts made under one transform must not be seen by another.
         on = self.autocast is not None
@@ -111,14 +111,15 @@ class Ambient:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast off: dot products in 16 bits would ruin a solve."""
-    if not _autocast_is_on(device):
+    if not autocast_is_on(device):
         yield
         return
     with torch.autocast(device.type, enabled=False):
         yield
 
 
-def _autocast_is_on(device: torch.device) -> bool:
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on there."""
     available = torch.amp.is_autocast_available(device.type)  # the meta device has none
     return available and torch.is_autocast_enabled(device.type)
 

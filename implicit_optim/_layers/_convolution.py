@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_optim._ambient import autocast_is_on
 from implicit_optim._autograd import lead
 from implicit_optim._layers._base import fold, is_linear, solving, stand_ins, unfold
 
@@ -26,7 +27,7 @@ class _Layer(nn.Module):
         w, zeros = layer.weight, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
         if not solving() or not zeros or x.ndim != w.ndim or x.dtype != w.dtype or not len(x):
             return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):  # which casts for torch's own layer alone
+        if autocast_is_on(x.device):  # which casts for torch's own layer alone
             return super().forward(x)
         none = (0,) * len(layer.stride)
         geometry = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
