@@ -263,6 +263,7 @@ def test_peak_memory_does_not_grow_with_the_inner_steps():
         return memory.peak
 
     implicit = iopt.Implicit(iopt.CG(max_steps=5))
+    peak(1, implicit)  # the first solve of a process has glibc keep memory, by a block of its own
     assert peak(64, implicit) <= 1.03 * peak(1, implicit)
     more_cg = iopt.Implicit(iopt.CG(max_steps=40))
     assert peak(1, more_cg) <= 1.03 * peak(1, implicit)
