@@ -213,12 +213,16 @@ def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
 
     On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
     """
-    if _looking_is_free(mask):
-        if none_left(mask):
-            return old
-        if isinstance(new, Tensor) and none_left(~mask):
-            return new
+    if surely_none(mask):
+        return old
+    if isinstance(new, Tensor) and surely_none(~mask):
+        return new
     return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+
+
+def surely_none(mask: Tensor) -> bool:
+    """Whether the mask is known to be false for every task, where looking costs nothing."""
+    return _looking_is_free(mask) and none_left(mask)
 
 
 def _looking_is_free(mask: Tensor) -> bool:

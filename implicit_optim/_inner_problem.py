@@ -111,7 +111,7 @@ class InnerProblem:
 
     def rest(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
         """The objective of every task without the proximal term that is known."""
-        if self.quadratic is not None:
+        if self._knows_proximal:
             return self.fits(phi)
         objective = self.objective
         return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
@@ -119,9 +119,13 @@ class InnerProblem:
     @property
     def quadratic(self) -> Quadratic | None:
         """The proximal term, if it is [`proximal`][implicit_optim.proximal]."""
-        if getattr(self.objective, "proximal", None) is not proximal:
+        if not self._knows_proximal:
             return None
         return self.term or Quadratic.of(self.theta, self.layout, self.shared)
+
+    @property
+    def _knows_proximal(self) -> bool:
+        return getattr(self.objective, "proximal", None) is proximal
 
     def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
         """The structured objective's predictions for every task."""
@@ -140,9 +144,11 @@ class InnerProblem:
 
     def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> SecondOrder:
         """Gradient, Hessian product and values of the structured objective's proximal term."""
-        if self.quadratic is not None:
-            return self.quadratic.at(phi)
-        term = self.structured.proximal or (lambda phi, theta: torch.zeros(()))
+        known, term = self.quadratic, self.structured.proximal
+        if known is not None:
+            return known.at(phi)
+        if term is None:
+            return torch.zeros_like(phi), torch.zeros_like, phi.new_zeros(phi.shape[:-1])
         one = lambda *args: _scalar(term(*args))  # noqa: E731
         return second_order(lambda phi: self._map(one, phi, self.theta, ()), phi)
 
@@ -155,10 +161,10 @@ class InnerProblem:
         self, phi: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
         """Gradient and value of every task's objective."""
-        slope, values = gradient(self.rest, phi)
-        if self.quadratic is None:
+        (slope, values), term = gradient(self.rest, phi), self.quadratic
+        if term is None:
             return slope, values
-        more, _, penalties = self.quadratic.at(phi)
+        more, _, penalties = term.at(phi)
         return slope + more, values + penalties
 
     def precondition(self, r: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -166,8 +172,9 @@ class InnerProblem:
         solve = getattr(self.objective, "inverse_proximal", None)
         if solve is None:
             return r
-        if solve is inverse_proximal and self.quadratic is not None:
-            return self.quadratic.inverse(r)
+        term = self.quadratic
+        if solve is inverse_proximal and term is not None:
+            return term.inverse(r)
         ravel = self.layout.ravel
         return self._vmap(
             lambda r, theta: ravel(solve(self.layout.unravel(r), theta)), r, self.theta, ()

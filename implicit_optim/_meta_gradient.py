@@ -276,7 +276,7 @@ def _unrolled(
     anchor = problem.layout.ravel(problem.theta[0]).expand_as(start)
     with twice_differentiable(), full_precision(start.device):
         init = anchor if graph_from == 0 else start
-        solution = run(problem, init, solver, graph_from=graph_from)
+        solution = run(problem.prepared(), init, solver, graph_from=graph_from)
     on_solve("minimize", solution)
     return _or_nan(solution)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision
-from implicit_optim._batch import WHOLE, Batching, none_left, where
+from implicit_optim._batch import WHOLE, Batching, none_left, surely_none, where
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._objective import InnerObjective
 from implicit_optim._solution import Solution, Status, joined
@@ -120,7 +120,7 @@ def run(
 
     def stop(who: Tensor, why: Status) -> None:
         nonlocal running, status
-        if who.device.type == "cpu" and none_left(who):
+        if surely_none(who):
             return
         status = torch.where(running & who, why.value, status)
         running = running & ~who

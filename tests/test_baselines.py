@@ -18,11 +18,7 @@ LAM, LR, STEPS = 0.5, 0.08, 6
 
 @pytest.fixture(autouse=True)
 def float64():
-    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 def network():

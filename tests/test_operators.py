@@ -370,3 +370,14 @@ def test_proximal_is_what_the_zoo_uses():
     """So that its inverse is known to the objectives above."""
     assert ridge().objective.proximal is proximal
     assert ridge().objective.inverse_proximal is not None
+
+
+def test_gauss_newton_without_a_proximal_term_stays_on_its_device():
+    """No term of it may come from another device, or in another dtype, than phi's."""
+    fit = Objective(lambda phi, x: x @ phi, lambda z, y: ((z - y) ** 2).sum())
+    phi = torch.empty(2, 3, dtype=torch.float64, device="meta")
+    data = phi.new_empty(2, 4, 3), phi.new_empty(2, 4)
+    with torch.no_grad():
+        kept = GaussNewton(InnerProblem.bind(fit, phi, (), *data, batch_ndim=1), phi).linearize()
+        made = (kept.mv(phi), kept.gradient, kept.value)
+    assert {(t.device.type, t.dtype) for t in made} == {("meta", torch.float64)}

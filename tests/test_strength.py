@@ -13,11 +13,7 @@ N = 4  # parameters of Linear(3, 1)
 
 @pytest.fixture(autouse=True)
 def float64():
-    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 def definite():

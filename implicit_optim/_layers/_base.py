@@ -12,13 +12,19 @@ _LOCAL = threading.local()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[None]:
-    """This thread records a graph for a solve, and nobody will differentiate it a third time."""
-    before, _LOCAL.solving = solving(), True
+def _during(flag: str) -> Iterator[None]:
+    """The flag is up in this thread."""
+    before = getattr(_LOCAL, flag, False)
+    setattr(_LOCAL, flag, True)
     try:
         yield
     finally:
-        _LOCAL.solving = before
+        setattr(_LOCAL, flag, before)
+
+
+def recording() -> contextlib.AbstractContextManager[None]:
+    """This thread records a graph for a solve, and nobody will differentiate it a third time."""
+    return _during("solving")
 
 
 def solving() -> bool:
@@ -26,14 +32,9 @@ def solving() -> bool:
     return getattr(_LOCAL, "solving", False)
 
 
-@contextlib.contextmanager
-def along_cotangents() -> Iterator[None]:
+def along_cotangents() -> contextlib.AbstractContextManager[None]:
     """This thread transposes a map that is linear in the cotangents: only their gradients are wanted."""
-    before, _LOCAL.linear = is_linear(), True
-    try:
-        yield
-    finally:
-        _LOCAL.linear = before
+    return _during("linear")
 
 
 def is_linear() -> bool:
