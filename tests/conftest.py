@@ -1,6 +1,8 @@
 """What every test starts from: a seeded torch, its default dtype, and a hypothesis profile."""
 
 import os
+import zipfile
+from io import BytesIO
 
 import hypothesis
 import pytest
@@ -42,3 +44,23 @@ def _fresh_torch():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def omniglot_zips(tmp_path_factory):
+    """A folder with Omniglot's 964 + 659 characters as zips, seven tiny random drawings of each."""
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("omniglot")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("images_background", 964), ("images_evaluation", 659)):
+        characters = (torch.rand(count, 1, 7, 7, generator=generator) < 0.5).byte()
+        noise = (torch.rand(count, 7, 7, 7, generator=generator) < 0.1).byte()
+        with zipfile.ZipFile(folder / f"{part}.zip", "w") as file:
+            for c, character in enumerate(255 * (characters ^ noise)):
+                for d, drawing in enumerate(character):
+                    png = BytesIO()
+                    pixels = bytes(drawing.flatten().tolist())
+                    image.frombytes("L", (7, 7), pixels).save(png, "png")
+                    name = f"{part}/Alphabet/character{c:04}/{c:04}_{d}.png"
+                    file.writestr(name, png.getvalue())
+    return folder
