@@ -1,10 +1,7 @@
-"""Files of drawings: found in a folder or a zip, decoded to bytes, kept in a cache that is safe."""
+"""Files of drawings: found in a folder or a zip, and decoded to bytes."""
 
-import hashlib
-import os
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import final
@@ -14,8 +11,6 @@ try:
     from PIL import Image, ImageOps
 except ImportError:
     Image = None  # type: ignore[assignment]
-
-_FORMAT = "implicit_optim drawings 1"  # raise the number when the bytes of a cache change
 
 
 class Drawings(ABC):
@@ -105,43 +100,3 @@ def decode(drawings: Drawings, size: int) -> bytes:
         small = grey.resize((size, size), Image.Resampling.LANCZOS)
         pixels.append(ImageOps.invert(small).tobytes())
     return b"".join(pixels)
-
-
-def cached(
-    path: Path | None, *, key: str, length: int, make: Callable[[], bytes], required: bool
-) -> bytearray:
-    """Return `make()`, from the file `path` if that holds the very same.
-
-    The file is `sha256(format, key, content)` and the content, so that a damaged file, one for
-    another key and one of an older format all fail the same check and are made anew. It is written
-    beside its place and moved there at once: no other process ever sees a part of it.
-
-    Raises:
-        OSError: if the file cannot be written and `required` is True.
-    """
-
-    def digest(content: bytes | bytearray) -> bytes:
-        return hashlib.sha256(f"{_FORMAT} {key} ".encode() + content).digest()
-
-    if path is not None:
-        try:
-            kept = path.read_bytes()
-        except OSError:
-            kept = b""
-        content = bytearray(kept[32:])
-        if len(content) == length and kept[:32] == digest(content):
-            return content
-    content = bytearray(make())
-    if path is not None:
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(digest(content) + content)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError:
-            if required:
-                raise
-    return content

@@ -2,21 +2,23 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from implicit_optim.tasks._cache import cached
 from implicit_optim.tasks._checks import check_positive
-from implicit_optim.tasks._drawings import Drawings, cached, decode, find
+from implicit_optim.tasks._drawings import Drawings, decode, find
 from implicit_optim.tasks._episodes import rotate_classes, split_classes
+from implicit_optim.tasks._splits import Splits
 
 try:
     from torchvision import datasets
 except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for another torch
     datasets = None
 
+_FORMAT = "implicit_optim drawings 1"  # raise the number when the bytes of a cache change
 _PARTS = ("images_background", "images_evaluation")
 
 
@@ -79,7 +81,7 @@ def omniglot(
     folder = Path(root) if isinstance(cache, bool) else Path(cache)
     pixels = cached(
         folder / f"omniglot_{size}.cache" if cache is not False else None,
-        key=repr((shape, [source.stamps for source in drawings])),
+        key=f"{_FORMAT} {(shape, [source.stamps for source in drawings])!r}",
         length=torch.Size(shape).numel(),
         make=lambda: b"".join(decode(source, size) for source in drawings),
         required=not isinstance(cache, bool),
@@ -121,24 +123,6 @@ def _count(sources: list[Drawings]) -> tuple[int, int]:
                 "(extract or download the data set again)"
             )
     return len(counts), most
-
-
-class Splits(NamedTuple):
-    """The three parts of a data set of images.
-
-    Attributes:
-        train: `[classes, examples, *shape]` to meta-train on.
-        val: the same, of other classes, to choose settings by.
-        test: the same, of yet other classes, to report.
-
-    Examples:
-        >>> Splits(*torch.eye(3)).val
-        tensor([0., 1., 0.])
-    """
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
 
 
 def omniglot_splits(
