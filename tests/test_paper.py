@@ -1,5 +1,6 @@
 """The commands that reproduce the paper: their figures against NumPy, and a run that is killed."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("PIL")
 
 import implicit_optim as iopt  # noqa: E402
-from benchmarks.paper import few_shot, fig2a, fig2b, table1  # noqa: E402
+from benchmarks.paper import few_shot, fig2a, fig2b, table1, table3  # noqa: E402
 from benchmarks.paper.points import Points  # noqa: E402
 from implicit_optim.tasks import ConvNet, Episodes, Splits  # noqa: E402
 
@@ -354,3 +355,29 @@ def test_table2_killed_and_run_again_ends_as_if_nothing_had_happened(omniglot_zi
     assert len(one["loss"]) == STEPS
     assert one.pop("minutes") > 0 < two.pop("minutes")
     assert one == two  # losses, validations, test accuracy: bit for bit
+
+
+def test_table3_trains_on_the_tree_of_mini_imagenet(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    for part, classes in (("train", 4), ("val", 3), ("test", 3)):
+        for c in range(classes):
+            folder = tmp_path / "data" / part / f"n{part}{c}"
+            folder.mkdir(parents=True)
+            for i in range(5):
+                color = tuple((60 * c + 7 * i + shift) % 256 for shift in (0, 80, 160))
+                image.new("RGB", (40, 30), color).save(folder / f"{i}.png")
+    monkeypatch.setattr(few_shot, "TEST_QUERIES", 2)
+    words = "--way 2 --queries 2 --tasks 2 --steps 2 --test-tasks 4 --inner-steps 2 --device cpu"
+    parser = argparse.ArgumentParser()
+    table3.arguments(parser)
+    out = tmp_path / "out"
+    args = ["--data", tmp_path / "data", "--out", out, "--method", "fomaml", *words.split()]
+    table3.main(parser.parse_args([str(word) for word in args]))
+    said = capsys.readouterr()
+    assert (
+        "2-way 1-shot, first-order MAML, 4 tasks of unseen classes after 2 meta-steps" in said.out
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results["settings"]["lam"] == 0.5 and len(results["loss"]) == 2
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)["meta"]
+    assert weights["model.head.weight"].shape == (2, 32 * 5 * 5)  # the paper's network at 84 x 84

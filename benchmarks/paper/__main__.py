@@ -2,9 +2,9 @@
 
 import argparse
 
-from benchmarks.paper import fig2a, fig2b, table1, table2
+from benchmarks.paper import fig2a, fig2b, table1, table2, table3
 
-RESULTS = {"table1": table1, "fig2a": fig2a, "fig2b": fig2b, "table2": table2}
+RESULTS = {"table1": table1, "fig2a": fig2a, "fig2b": fig2b, "table2": table2, "table3": table3}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
 choices = parser.add_subparsers(dest="result", required=True)

@@ -37,8 +37,7 @@ PAPER = {  # accuracy and half-width by method, way and shot
 }
 
 
-def arguments(parser, steps=None, lam=2.0):
-    """Those of a run of few-shot training; `steps` None: 16 for 5-way, 25 for 20-way."""
+def arguments(parser):
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder of the run (default: under runs/)")
     parser.add_argument("--method", choices=METHODS, default="imaml-gd")
@@ -50,9 +49,9 @@ def arguments(parser, steps=None, lam=2.0):
         type=int,
         help="of a class, in training (default 15; Reptile, where they teach nothing, 5)",
     )
-    parser.add_argument("--lam", type=float, default=lam)
+    parser.add_argument("--lam", type=float, default=2.0)
     parser.add_argument("--inner-lr", type=float, default=0.1)
-    parser.add_argument("--inner-steps", type=int, default=steps)
+    parser.add_argument("--inner-steps", type=int, help="default 16, for 20-way 25")
     parser.add_argument("--cg-steps", type=int, default=5)
     parser.add_argument("--curvature", choices=CURVATURES, default="hessian")
     parser.add_argument(

@@ -177,9 +177,8 @@ def _read(path: Path, size: int) -> bytes:
 
 def _to_rgb(image: "Image.Image") -> "Image.Image":
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert(
-            "L"
-        )  # Pillow alone would clip at 255
+        # Pillow alone would clip at 255.
+        image = image.point(lambda value: value / 256).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no fixed range (convert it to 8 bits)")
     elif image.mode == "P":
