@@ -137,7 +137,7 @@ def run(
         grad_norm = where(running, norm, grad_norm)
         if solver.tol > 0:
             stop(norm <= solver.tol, Status.SUCCESS)
-            if last or none_left(running):
+            if last or (k % solver.check_every == 0 and none_left(running)):
                 stop(~(norm < math.inf), Status.NONFINITE)
                 break
         with torch.set_grad_enabled(recorded):

@@ -854,3 +854,33 @@ def test_the_last_step_counts_towards_the_tolerance(max_steps):
 
 def test_newton_cg_takes_five_cg_steps_by_default_as_in_the_paper():
     assert newton_cg().linear_solver == CG(max_steps=5)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        gd(lr=0.5, max_steps=200, tol=1e-6),
+        newton_cg(linear_solver=EXACT, tol=1e-6),
+        from_torch(torch.optim.SGD, lr=0.5, max_steps=200, tol=1e-6),
+    ],
+    ids=["gd", "newton_cg", "from_torch"],
+)
+def test_looking_less_often_changes_nothing_but_the_looks(solver, monkeypatch):
+    problem = logistic(batch=(3,))
+    looks = []
+
+    def counted(running):
+        looks.append(1)
+        return not bool(running.any())
+
+    monkeypatch.setattr("implicit_optim._minimize.none_left", counted)
+    value, status, stats = run(problem, solver)
+    often = len(looks)
+    looks.clear()
+    rare_value, rare_status, rare_stats = run(problem, replace(solver, check_every=4))
+    assert often == int(stats["steps"].max()) + 1
+    assert len(looks) == math.ceil((often - 1) / 4) + 1
+    assert torch.equal(rare_value, value) and torch.equal(rare_status, status)
+    assert all(torch.equal(rare_stats[name], stats[name]) for name in stats)
+    with pytest.raises(ValueError, match="Invalid check_every: 0"):
+        replace(solver, check_every=0)

@@ -83,6 +83,8 @@ class agd(Solver):
         smoothness: L >= mu; then ``lr = 1/L``, ``momentum = (sqrt L - sqrt mu)/(sqrt L + sqrt mu)``.
         max_steps: most steps, each one gradient.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
+        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+            synchronisation each).
 
     Raises:
         ValueError: a setting is out of range, or both pairs are given.

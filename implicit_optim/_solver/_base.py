@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float
@@ -47,6 +47,8 @@ class Solver(abc.ABC):
         max_steps: most steps, >= 0. With ``tol = 0`` exactly these are taken.
         tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
             mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
+        check_every: with ``tol > 0``, how many steps lie between two looks whether all tasks are done;
+            each look is one host synchronisation. It changes when the loop ends, not what comes out.
         differentiable: whether ``Unrolled`` can differentiate through the steps.
         uses_value: whether the rule looks at the objective's value, beside the gradient.
 
@@ -67,12 +69,15 @@ class Solver(abc.ABC):
 
     max_steps: int
     tol: float
+    check_every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.max_steps < 0:
             raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
         if not 0 <= self.tol < math.inf:
             raise ValueError(f"Invalid tol: {self.tol}: it must be finite and >= 0")
+        if self.check_every < 1:
+            raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """Value and gradient at phi, and whatever else the rule wants from the same pass."""

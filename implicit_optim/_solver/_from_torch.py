@@ -99,6 +99,7 @@ def from_torch(
     max_steps: int,
     tol: float = 0.0,
     elementwise: bool | None = None,
+    check_every: int = 1,
     **settings: Any,
 ) -> Solver:
     """Use any ``torch.optim`` class as the inner solver.
@@ -113,6 +114,8 @@ def from_torch(
         elementwise: whether the rule acts on each number alone. Then one optimizer serves the whole
             batch; otherwise (LBFGS, Muon, ...) each task gets its own, with parameters in the shapes
             of phi's leaves. Default: True for torch's elementwise classes.
+        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+            synchronisation each).
         **settings: the optimizer's own arguments; it rejects those it does not know.
 
     Returns:
@@ -139,4 +142,5 @@ def from_torch(
         elementwise=elementwise,
         max_steps=max_steps,
         tol=tol,
+        check_every=check_every,
     )

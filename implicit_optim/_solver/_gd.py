@@ -28,6 +28,8 @@ class gd(Solver):
         lr: learning rate, > 0; a 0-d tensor can be learned with ``Unrolled``.
         max_steps: most steps, each one gradient.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
+        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+            synchronisation each).
 
     Raises:
         ValueError: a setting is out of range.

@@ -56,6 +56,8 @@ class newton_cg(Solver):
             [`GaussNewton`][implicit_optim.GaussNewton].
         max_steps: most Newton steps.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
+        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+            synchronisation each).
 
     Raises:
         ValueError: a setting is out of range.
