@@ -6,7 +6,17 @@ from implicit_optim._flat import Layout
 from implicit_optim._implicit import ImplicitMetaGradient, attach
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
-from implicit_optim._linear_solver import CG, LinearSolver
+from implicit_optim._linear_solver import (
+    CG,
+    GMRES,
+    MINRES,
+    QR,
+    Auto,
+    Cholesky,
+    LinearSolver,
+    Neumann,
+    Woodbury,
+)
 from implicit_optim._meta_gradient import (
     FirstOrder,
     Implicit,
@@ -17,8 +27,17 @@ from implicit_optim._meta_gradient import (
 )
 from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
-from implicit_optim._objective import Objective
-from implicit_optim._operator import Damped, Dense, GaussNewton, Hessian, Linearized, Operator
+from implicit_optim._objective import FixedPoint, Objective, Root
+from implicit_optim._operator import (
+    Damped,
+    Dense,
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    Linearized,
+    LowRank,
+    Operator,
+)
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import inverse_proximal, proximal
 from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn
@@ -33,33 +52,43 @@ __version__ = "0.1.0"
 __all__ = [
     "AGD",
     "Armijo",
+    "Auto",
     "Batching",
     "CG",
+    "Cholesky",
     "Damped",
     "Dense",
     "Evaluation",
     "FirstOrder",
+    "FixedPoint",
     "FixedStep",
     "GD",
+    "GMRES",
     "GaussNewton",
     "Hessian",
     "Ignore",
     "Implicit",
     "ImplicitMetaGradient",
     "InnerProblem",
+    "Jacobian",
     "Layout",
     "LinearSolver",
     "Linearized",
+    "LowRank",
+    "MINRES",
     "MetaGradient",
     "MetaLearner",
     "NesterovAGD",
+    "Neumann",
     "NewtonCG",
     "Objective",
     "Operator",
     "Proximal",
+    "QR",
     "Raise",
     "Report",
     "Reptile",
+    "Root",
     "RunningStats",
     "Search",
     "Solution",
@@ -70,6 +99,7 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "Warn",
+    "Woodbury",
     "agd",
     "attach",
     "error_bound",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +23,12 @@ from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._derivative import gradient
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
-from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._objective import InnerObjective, Objective
-from implicit_optim._operator import GaussNewton, Hessian
+from implicit_optim._linear_solver import CG, GMRES, LinearSolver
+from implicit_optim._objective import Equations, InnerObjective, Objective
+from implicit_optim._operator import GaussNewton, Hessian, Jacobian, Operator
 from implicit_optim._solution import OnSolve
 
 Curvature = type[Hessian] | type[GaussNewton]
-_DEFAULT = CG()
 
 
 def attach(
@@ -36,7 +36,7 @@ def attach(
     objective: InnerObjective,
     theta: Any,
     *data: Any,
-    linear_solver: LinearSolver = _DEFAULT,
+    linear_solver: LinearSolver | None = None,
     curvature: Curvature = Hessian,
     batch_ndim: int = 0,
     seed: int | None = None,
@@ -51,14 +51,18 @@ def attach(
     path, only on phi being stationary; ``stats["stationarity"]`` of the solve, ``||grad F(phi)||``,
     says how stationary it is.
 
+    phi may also solve equations, [`Root`][implicit_optim.Root] or
+    [`FixedPoint`][implicit_optim.FixedPoint]: then ``d phi* = -(dR/dphi)^-1 dR/d.``.
+
     Args:
         phi: the minimiser, a tensor or pytree of tensors ``[*batch, *shape]``; gradients do not flow
             into it.
-        objective: ``F(phi, theta, *data) -> scalar`` of one task. Everything differentiable must come
-            in through theta or data, not through a closure.
+        objective: ``F(phi, theta, *data) -> scalar`` of one task, or its equations. Everything
+            differentiable must come in through theta or data, not through a closure.
         theta: tensor or pytree that all tasks share.
         *data: pytrees of tensors ``[*batch, ...]``.
-        linear_solver: solves with the curvature. Default: ``CG()``, relative residual 1e-6.
+        linear_solver: solves with the curvature. Default: ``CG()``, for equations ``GMRES()``; relative
+            residual 1e-6.
         curvature: [`Hessian`][implicit_optim.Hessian] (exact) or
             [`GaussNewton`][implicit_optim.GaussNewton] (positive definite, biased).
         batch_ndim: how many leading dimensions of phi and data count tasks.
@@ -72,7 +76,8 @@ def attach(
         A pytree like ``phi``.
 
     Raises:
-        TypeError: ``curvature=GaussNewton`` with an objective without structure.
+        TypeError: ``curvature=GaussNewton`` with an objective without structure or with equations, or a
+            solver for symmetric matrices with equations.
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the objective draws random numbers and there is no seed.
 
@@ -102,16 +107,26 @@ def attach_flat(
     phi: Tensor,
     problem: InnerProblem,
     *,
-    linear_solver: LinearSolver,
+    linear_solver: LinearSolver | None,
     curvature: Curvature,
     on_solve: OnSolve | None,
 ) -> Tensor:
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
+    matrix: Callable[[InnerProblem, Tensor], Operator] = curvature
     if curvature is GaussNewton:
         problem.structured  # noqa: B018  raises where the structure is missing
+    if isinstance(problem.objective, Equations):
+        matrix = Jacobian
+        if linear_solver is not None and linear_solver.needs_symmetry:
+            raise TypeError(
+                f"linear_solver={type(linear_solver).__name__} needs a symmetric matrix, and the "
+                "Jacobian of equations need not be one: use GMRES()"
+            )
+    if linear_solver is None:
+        linear_solver = GMRES() if matrix is Jacobian else CG()
     own, common = problem.tensors()
     blank = problem.with_tensors([None] * len(own), [None] * len(common))
-    rule = Rule(blank, linear_solver, curvature, on_solve, len(own))
+    rule = Rule(blank, linear_solver, matrix, on_solve, len(own))
     return apply(ImplicitMetaGradient, _ReverseImplicit, rule, phi.detach(), *own, *common)
 
 
@@ -129,7 +144,7 @@ class Rule:
 
     problem: InnerProblem
     linear_solver: LinearSolver
-    curvature: Curvature
+    curvature: Callable[[InnerProblem, Tensor], Operator]
     on_solve: OnSolve | None
     count: int
 
@@ -137,9 +152,12 @@ class Rule:
         """The problem over these tensors."""
         return self.problem.with_tensors(tensors[: self.count], tensors[self.count :])
 
-    def solve(self, phi: Tensor, tensors: list[Any], v: Tensor) -> Tensor:
-        """``A^-1 v`` with the curvature at phi."""
+    def solve(
+        self, phi: Tensor, tensors: list[Any], v: Tensor, *, transposed: bool = False
+    ) -> Tensor:
+        """``A^-1 v``, or ``A^-T v``, with the curvature at phi."""
         operator = self.curvature(self.bind(tensors), phi)
+        operator = operator.transpose() if transposed else operator
         return linear_solve(operator, v, self.linear_solver, on_solve=self.on_solve).value
 
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
@@ -197,7 +215,7 @@ class _ReverseImplicit(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         """One linear solve, one mixed vector-Jacobian product."""
         phi, tensors = saved(ctx)
-        w = ctx.rule.solve(phi, tensors, v)
+        w = ctx.rule.solve(phi, tensors, v, transposed=True)
         needed = list(ctx.needs_input_grad[2:])
         with twice_differentiable(), full_precision(phi.device):
             return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
@@ -223,7 +241,7 @@ class ImplicitMetaGradient(_ReverseImplicit):
     Forward returns phi as it is. Backward takes ``v = dL/dphi``, solves ``A w = v`` with the curvature
     A at phi by CG over Hessian-vector products, and returns ``-w^T d^2F/(dphi d.)`` for every tensor
     of the data and of theta. With the proximal term that is the paper's
-    ``g = lam (H + lam I)^-1 v = (I + H/lam)^-1 v``.
+    ``g = lam (H + lam I)^-1 v = (I + H/lam)^-1 v``. Of equations R it is ``A^T w = v``, ``-w^T dR/d.``.
 
     It is static, so nothing is made per call, and it composes: its backward is differentiable, and
     under ``vmap`` it runs batch-native.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from implicit_optim._ambient import Ambient
 from implicit_optim._batch import WHOLE, Batching, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
 from implicit_optim._flat import Layout, keystr
-from implicit_optim._objective import InnerObjective, Objective
+from implicit_optim._objective import Equations, InnerObjective, Objective
 from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
 
 
@@ -78,7 +78,7 @@ class InnerProblem:
             TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
             ValueError: batch dimensions are empty or differ between phi and data.
         """
-        if not callable(objective):
+        if not callable(objective) and not isinstance(objective, Equations):
             raise TypeError(f"objective must be callable, got {type(objective).__name__}")
         if batch_ndim < 0:
             raise ValueError(f"Invalid batch_ndim: {batch_ndim}: it must be >= 0")
@@ -113,7 +113,7 @@ class InnerProblem:
         """The objective of every task without the proximal term that is known."""
         if self._knows_proximal:
             return self.fits(phi)
-        objective = self.objective
+        objective = cast(Callable[..., Any], self.objective)
         return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
 
     @property
@@ -153,9 +153,18 @@ class InnerProblem:
         return second_order(lambda phi: self._map(one, phi, self.theta, ()), phi)
 
     def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Gradient of every task's objective, from one backward pass through the sum."""
+        """Gradient of every task's objective, from one backward pass through the sum.
+
+        Of equations it is the residual, which takes its place in all that follows.
+        """
+        if isinstance(self.objective, Equations):
+            return self._residuals(phi, self.objective.residual)
         slope, term = gradient(self.rest, phi)[0], self.quadratic
         return slope if term is None else slope + term.slope(phi)
+
+    def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
+        ravel = self.layout.ravel
+        return cast(Tensor, self._map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data))
 
     def grad_and_value(
         self, phi: Float[Tensor, "*batch n"]

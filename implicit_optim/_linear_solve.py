@@ -37,11 +37,11 @@ def linear_solve(
     r"""Solve ``A x = b`` for every task, differentiably.
 
     The derivative is the implicit one and costs one more solve, whatever the solver did:
-    ``dx = A^-1 (db - dA x)`` forward, ``d<w, x> = <A^-1 w, db - dA x>`` in reverse. It composes with
+    ``dx = A^-1 (db - dA x)`` forward, ``d<w, x> = <A^-T w, db - dA x>`` in reverse. It composes with
     ``grad``, ``jvp``, ``vmap`` and itself.
 
     Args:
-        operator: symmetric A with vectors ``[*batch, n]``; its tensors receive gradients.
+        operator: A with vectors ``[*batch, n]``; its tensors receive gradients.
         b: right-hand side ``[*batch, n]``.
         linear_solver: a [`LinearSolver`][implicit_optim.LinearSolver]. Default: ``CG()``.
         on_solve: called as ``on_solve("linear_solve", solution)`` after this solve and after those of
@@ -54,7 +54,8 @@ def linear_solve(
 
     Raises:
         ValueError: b's shape is not the operator's.
-        TypeError: the operator or the solver is of another kind, or b of another dtype.
+        TypeError: the operator or the solver is of another kind, b of another dtype, or the solver
+            needs a symmetric operator and has none.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -70,6 +71,11 @@ def linear_solve(
         raise TypeError(f"operator must be an Operator such as Dense(matrix), got {operator!r}")
     if not isinstance(linear_solver, LinearSolver):
         raise TypeError(f"linear_solver must be a LinearSolver such as CG(), got {linear_solver!r}")
+    if linear_solver.needs_symmetry and not operator.symmetric:
+        raise TypeError(
+            f"{type(linear_solver).__name__} needs a symmetric operator, {type(operator).__name__} is "
+            "none: use GMRES()"
+        )
     if tuple(b.shape) != operator.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}, the operator takes {operator.shape}")
     dtype = operator.like().dtype
@@ -139,7 +145,8 @@ class _ReverseLinearSolve(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * (5 + len(tensors))
         operator = _operator(ctx)
-        w = linear_solve(operator(tensors), grads[0], ctx.solver, on_solve=ctx.on_solve).value
+        transposed = operator(tensors).transpose()
+        w = linear_solve(transposed, grads[0], ctx.solver, on_solve=ctx.on_solve).value
         needed = ctx.needs_input_grad[5:]
         with full_precision(x.device):
             pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)

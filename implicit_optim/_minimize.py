@@ -12,7 +12,7 @@ from torch import Tensor
 from implicit_optim._ambient import full_precision
 from implicit_optim._batch import WHOLE, Batching, none_left, surely_none, where
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._objective import InnerObjective
+from implicit_optim._objective import Equations, InnerObjective
 from implicit_optim._solution import Solution, Status, joined
 from implicit_optim._solver import Solver
 
@@ -74,6 +74,11 @@ def minimize(
     if not isinstance(solver, Solver):
         raise TypeError(
             f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
+        )
+    if isinstance(objective, Equations):
+        raise TypeError(
+            f"{type(objective).__name__} has no value to minimise: solve the equations with any root "
+            "finder, and attach the gradient to what it finds"
         )
     problem = InnerProblem.bind(
         objective, init, theta, *data, batch_ndim=batch_ndim, seed=seed, batching=batching

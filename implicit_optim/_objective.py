@@ -1,12 +1,15 @@
-"""One task's inner objective in the structured form that Gauss-Newton needs."""
+"""One task's inner problem: a structured objective, or equations."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from implicit_optim._quadratic import inverse_proximal, proximal
 
@@ -54,4 +57,65 @@ class Objective:
         return value if self.proximal is None else value + self.proximal(phi, theta)
 
 
-InnerObjective = Objective | Callable[..., Tensor]
+class Equations(abc.ABC):
+    """An inner problem that is no minimum but a system of equations, one for each number in phi."""
+
+    @abc.abstractmethod
+    def residual(self, phi: Any, theta: Any, *data: Any) -> Any:
+        """What is zero at the solution, a pytree like phi."""
+
+
+@dataclass(frozen=True)
+class Root(Equations):
+    """One task's inner problem as equations, ``R(phi, theta, *data) = 0``.
+
+    For [`attach`][implicit_optim.attach] only: find phi with any root finder. The Jacobian need not be
+    symmetric. Stationarity of an objective is the case ``R = grad F``.
+
+    Args:
+        function: R, ``(phi, theta, *data) -> pytree like phi`` of one task.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> root = iopt.Root(lambda phi, theta: phi**2 - theta)
+        >>> theta = torch.tensor([9.0], requires_grad=True)
+        >>> iopt.attach(torch.tensor([3.0]), root, theta).sum().backward()
+        >>> round(theta.grad.item(), 4)  # of sqrt(theta)
+        0.1667
+
+    Source: Blondel et al. 2022, "Efficient and modular implicit differentiation", section 2.1.
+    """
+
+    function: Callable[..., Any]
+
+    def residual(self, phi: Any, theta: Any, *data: Any) -> Any:
+        """``R(phi, theta, *data)``."""
+        return self.function(phi, theta, *data)
+
+
+@dataclass(frozen=True)
+class FixedPoint(Equations):
+    """One task's inner problem as a fixed point, ``phi = T(phi, theta, *data)``.
+
+    Args:
+        function: T, ``(phi, theta, *data) -> pytree like phi`` of one task.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> cosine = iopt.FixedPoint(lambda phi, theta: torch.cos(theta * phi))
+        >>> theta = torch.tensor([1.0], requires_grad=True)
+        >>> iopt.attach(torch.tensor([0.739085]), cosine, theta).sum().backward()
+        >>> round(theta.grad.item(), 4)  # -phi sin(phi) / (1 + sin(phi))
+        -0.2975
+
+    Source: Blondel et al. 2022, section 2.1; Bai et al. 2019, "Deep equilibrium models".
+    """
+
+    function: Callable[..., Any]
+
+    def residual(self, phi: Any, theta: Any, *data: Any) -> Any:
+        """``phi - T(phi, theta, *data)``."""
+        return pytree.tree_map(torch.sub, phi, self.function(phi, theta, *data))
+
+
+InnerObjective = Objective | Equations | Callable[..., Tensor]

@@ -29,6 +29,7 @@ class Status(enum.IntEnum):
     NEGATIVE_CURVATURE = 2
     LINE_SEARCH = 3
     NONFINITE = 4
+    SINGULAR = 5
 
     @property
     def message(self) -> str:
@@ -50,6 +51,10 @@ _MESSAGES = {
     Status.LINE_SEARCH: (
         "no step along the search direction lowered the objective: the iterate is as accurate as the "
         "dtype allows, or the gradient is wrong; try float64 or curvature=GaussNewton"
+    ),
+    Status.SINGULAR: (
+        "the matrix is singular to working precision, so that the equations do not determine the "
+        "solution: add a proximal term or damping"
     ),
     Status.NONFINITE: (
         "NaN or inf appeared: look for it in the task's data and parameters, or lower the inner lr"

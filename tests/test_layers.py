@@ -49,7 +49,7 @@ THIRD_PARTY = {"torch", "jaxtyping"}  # the run-time dependencies of pyproject.t
 TASKS_THIRD_PARTY = {*THIRD_PARTY, "torchvision", "PIL"}  # those of the extra `vision`
 
 MAX_LINES_FILE = 300
-MAX_LINES_LIBRARY = 3_500  # of code
+MAX_LINES_LIBRARY = 4_000  # of code; it was 3,500 before the linear solvers beside CG
 
 
 def library() -> dict[str, str]:

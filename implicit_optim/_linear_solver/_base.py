@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import abc
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_optim._batch import where
+from implicit_optim._linear_solver._vectors import norm, power_of_two
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution
+from implicit_optim._solution import Solution, Status
 
 
 class LinearSolver(abc.ABC):
@@ -20,6 +25,7 @@ class LinearSolver(abc.ABC):
 
     Attributes:
         stats_names: what the solutions' ``stats`` hold, in order.
+        needs_symmetry: whether A must be symmetric.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -35,6 +41,7 @@ class LinearSolver(abc.ABC):
     """
 
     stats_names: ClassVar[tuple[str, ...]]
+    needs_symmetry: ClassVar[bool] = False
 
     @abc.abstractmethod
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:
@@ -47,3 +54,84 @@ class LinearSolver(abc.ABC):
         Returns:
             A [`Solution`][implicit_optim.Solution] with value ``[*batch, n]``, without a graph.
         """
+
+
+@dataclass(frozen=True)
+class Iterative(LinearSolver):
+    """Settings that iterative solvers share; each says what they mean for it."""
+
+    stats_names: ClassVar[tuple[str, ...]] = ("steps", "residual_norm", "rhs_norm")
+
+    max_steps: int | None = None
+    rtol: float | None = None
+    atol: float = 0.0
+    check_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
+        if self.rtol is not None and not 0 <= self.rtol < 1:
+            raise ValueError(f"Invalid rtol: {self.rtol}: it must lie in [0, 1)")
+        if not 0 <= self.atol < math.inf:
+            raise ValueError(f"Invalid atol: {self.atol}: it must be finite and >= 0")
+        if self.check_every < 1:
+            raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
+
+    def limits(self, b: Tensor) -> tuple[int, float, bool]:
+        """Most steps, relative tolerance, and whether just these steps are asked for."""
+        default = 0.0
+        if self.max_steps is None:
+            default = max(1e-6, 100 * torch.finfo(b.dtype).eps)
+        max_steps = min(10 * b.shape[-1], 1000) if self.max_steps is None else self.max_steps
+        rtol = default if self.rtol is None else self.rtol
+        return max_steps, rtol, rtol == 0 and self.atol == 0
+
+
+class Outcome:
+    """How a solve goes, task by task: what is left to do, and what to say of it in the end.
+
+    The right-hand side is scaled by a power of two, so that squares stay in the range of its dtype.
+    """
+
+    def __init__(self, b: Tensor, rtol: float, atol: float) -> None:
+        self.scale = power_of_two(b)
+        self.b = b / self.scale.unsqueeze(-1)
+        self.rhs_norm = self.residual_norm = norm(self.b)
+        eps = torch.finfo(b.dtype).eps
+        self.target = torch.maximum(max(rtol, eps) * self.rhs_norm, atol / self.scale)
+        self.nonfinite = ~torch.isfinite(self.rhs_norm)
+        self.running = ~self.nonfinite & (self.rhs_norm > self.target)
+        self.singular = torch.zeros_like(self.running)
+        self.steps = torch.zeros_like(self.running, dtype=torch.int32)
+        self.largest = torch.zeros_like(self.rhs_norm)  # ||A v|| of a unit vector v seen so far
+
+    def see(self, Av_norm: Tensor, active: Tensor) -> Tensor:
+        """Remember ``||A v||`` of unit vectors v; what of A is below the result is rounding."""
+        self.largest = torch.maximum(self.largest, torch.where(active, Av_norm, 0.0))
+        return 50 * torch.finfo(self.b.dtype).eps * self.largest
+
+    def lost(self, proposal: Tensor, who: Tensor) -> Tensor:
+        """The tasks of ``who`` where ``A x`` would lose two digits of b to rounding: A is singular."""
+        eps = torch.finfo(proposal.dtype).eps
+        lost = who & (eps * self.largest * norm(proposal) > 0.01 * self.rhs_norm)
+        self.singular = self.singular | lost
+        return lost
+
+    def solution(self, x: Tensor, operator: Linearized, fixed: bool) -> Solution:
+        """The solution; a task that took no step gets the first-order direction ``M^-1 b``."""
+        if not fixed:
+            true_norm = norm(self.b - operator.mv(x))
+            self.residual_norm = torch.where(self.nonfinite, self.residual_norm, true_norm)
+        self.nonfinite = self.nonfinite | ~torch.isfinite(self.residual_norm)
+        at_once = (self.steps == 0) & (self.rhs_norm > self.target)
+        x = where(at_once, operator.precondition(self.b), x) * self.scale.unsqueeze(-1)
+        x = where(self.nonfinite, math.nan, x)
+        missed = self.residual_norm > 1.01 * self.target
+        status = torch.zeros_like(self.steps)
+        if not fixed:
+            status = torch.where(missed, Status.MAX_STEPS.value, status)
+        status = torch.where(self.singular & missed, Status.SINGULAR.value, status)
+        status = torch.where(self.nonfinite, Status.NONFINITE.value, status).to(torch.int8)
+        norms = self.scale * self.residual_norm, self.scale * self.rhs_norm
+        stats = dict(zip(Iterative.stats_names, (self.steps, *norms), strict=True))
+        return Solution(x, status, stats)

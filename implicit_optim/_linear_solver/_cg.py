@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._batch import none_left, where
-from implicit_optim._linear_solver._base import LinearSolver
+from implicit_optim._linear_solver._base import Iterative
+from implicit_optim._linear_solver._vectors import dot, norm, power_of_two
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
 
 
 @dataclass(frozen=True)
-class CG(LinearSolver):
+class CG(Iterative):
     r"""Preconditioned conjugate gradients for symmetric positive definite ``A x = b``.
 
     Starting from ``x = 0``, step k minimises ``||x - A^-1 b||_A`` over the k-th Krylov space of
@@ -62,22 +63,12 @@ class CG(LinearSolver):
     """
 
     stats_names: ClassVar = ("steps", "residual_norm", "rhs_norm", "lanczos")
+    needs_symmetry: ClassVar = True
 
-    max_steps: int | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    check_every: int = 1
     min_curvature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"Invalid rtol: {self.rtol}: it must lie in [0, 1)")
-        if not 0 <= self.atol < math.inf:
-            raise ValueError(f"Invalid atol: {self.atol}: it must be finite and >= 0")
-        if self.check_every < 1:
-            raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
+        super().__post_init__()
         if self.min_curvature is not None and not 0 <= self.min_curvature < 1:
             raise ValueError(f"Invalid min_curvature: {self.min_curvature}: it must lie in [0, 1)")
 
@@ -92,22 +83,18 @@ class CG(LinearSolver):
             direction it is that of ``x = 0``. ``lanczos [*batch, steps, 2]`` is what
             [`Solution.ritz_values`][implicit_optim.Solution] reads.
         """
-        n, eps = b.shape[-1], torch.finfo(b.dtype).eps
-        max_steps = min(10 * n, 1000) if self.max_steps is None else self.max_steps
-        default = max(1e-6, 100 * eps) if self.max_steps is None else 0.0
-        rtol = default if self.rtol is None else self.rtol
-        fixed = rtol == 0 and self.atol == 0
-
-        scale = _power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
+        eps = torch.finfo(b.dtype).eps
+        max_steps, rtol, fixed = self.limits(b)
+        scale = power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
         b = b / scale.unsqueeze(-1)
-        rhs_norm = residual_norm = _norm(b)
+        rhs_norm = residual_norm = norm(b)
         # Below the rounding of ||b|| the recurrence is noise: a solve cannot be asked for more.
         target = torch.maximum(max(rtol, eps) * rhs_norm, self.atol / scale)
 
         first_order = operator.precondition(b)
         least_share = (0.1 if fixed else 0.0) if self.min_curvature is None else self.min_curvature
         floor = 0.0 if first_order is b else least_share
-        x, r, p, rz = torch.zeros_like(b), b, first_order, _dot(b, first_order)
+        x, r, p, rz = torch.zeros_like(b), b, first_order, dot(b, first_order)
         p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
         strength = torch.where(
             rz > 0, rhs_norm.square() / rz, 1.0
@@ -124,8 +111,8 @@ class CG(LinearSolver):
             if not fixed and k % self.check_every == 0 and none_left(running):
                 break
             Ap = operator.mv(p)
-            curvature, p_norm = _dot(p, Ap), _norm(p)
-            norm_of_A = torch.maximum(norm_of_A, torch.where(running, _norm(Ap) / p_norm, 0.0))
+            curvature, p_norm = dot(p, Ap), norm(p)
+            norm_of_A = torch.maximum(norm_of_A, torch.where(running, norm(Ap) / p_norm, 0.0))
             least = torch.maximum(floor * p_in_M, eps * norm_of_A * p_norm.square())
             diagonal = torch.where(running, curvature / rz + carried, math.nan)
             nonfinite = nonfinite | (running & ~torch.isfinite(curvature))
@@ -135,10 +122,10 @@ class CG(LinearSolver):
             x = where(running, torch.addcmul(x, alpha, p), x)
             r = where(running, torch.addcmul(r, alpha, Ap, value=-1), r)
             steps = steps + running
-            residual_norm = _norm(r)
+            residual_norm = norm(r)
             running = running & (residual_norm > target)
             z = operator.precondition(r)
-            rz, rz_before = _dot(r, z), rz
+            rz, rz_before = dot(r, z), rz
             beta = torch.where(running, rz / rz_before, 0.0)
             p = where(running, torch.addcmul(z, beta.unsqueeze(-1), p), p)
             p_in_M = rz + beta.square() * p_in_M
@@ -149,7 +136,7 @@ class CG(LinearSolver):
         nonfinite = nonfinite | ~torch.isfinite(residual_norm)
         stopped_at_once = (steps == 0) & (residual_norm > target)
         if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
-            true_norm = _norm(b - operator.mv(x))
+            true_norm = norm(b - operator.mv(x))
             residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
         x = where(stopped_at_once, first_order, x) * scale.unsqueeze(-1)
         x = where(nonfinite, math.nan, x)
@@ -163,21 +150,3 @@ class CG(LinearSolver):
         tridiagonal = tridiagonal * strength[..., None, None]
         numbers = (steps, scale * residual_norm, scale * rhs_norm, tridiagonal)
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
-
-
-def _power_of_two(b: Tensor) -> Tensor:
-    """The power of two just below ``max |b|``, so that dividing by it loses nothing; 1 for zero."""
-    if b.shape[-1] == 0:
-        return b.new_ones(b.shape[:-1])
-    largest = b.abs().amax(dim=-1)
-    usable = (largest > 0) & torch.isfinite(largest)
-    return torch.where(usable, largest, 1.0).log2().floor().exp2()
-
-
-# The dot products of the method stand here alone, so that vectors may one day be sharded.
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, y)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)

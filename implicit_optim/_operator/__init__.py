@@ -1,7 +1,17 @@
-"""Linear operators: curvature of an inner problem, explicit matrices, damping."""
+"""Linear operators: curvature of an inner problem, Jacobians, explicit matrices, damping."""
 
-from implicit_optim._operator._base import Linearized, Operator
+from implicit_optim._operator._base import Linearized, LowRank, Operator
 from implicit_optim._operator._curvature import GaussNewton, Hessian
 from implicit_optim._operator._dense import Damped, Dense
+from implicit_optim._operator._jacobian import Jacobian
 
-__all__ = ["Damped", "Dense", "GaussNewton", "Hessian", "Linearized", "Operator"]
+__all__ = [
+    "Damped",
+    "Dense",
+    "GaussNewton",
+    "Hessian",
+    "Jacobian",
+    "Linearized",
+    "LowRank",
+    "Operator",
+]

@@ -20,7 +20,7 @@ Leaves = list[Any]
 
 
 class Operator(abc.ABC):
-    """A symmetric linear map per task, ``[*batch, n] -> [*batch, n]``.
+    """A linear map per task, ``[*batch, n] -> [*batch, n]``; symmetric unless it says otherwise.
 
     Subclasses that are built from tensors implement [`tensors`][implicit_optim.Operator.tensors] and
     the two ways back, so that [`linear_solve`][implicit_optim.linear_solve] can differentiate and
@@ -50,6 +50,15 @@ class Operator(abc.ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape ``(*batch, n)`` of the vectors that it takes."""
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether ``A = A^T``; where not, ``transpose`` must be written too. Default: yes."""
+        return True
+
+    def transpose(self) -> Operator:
+        """``A^T``. Default, for a symmetric A: itself."""
+        return self
+
     @abc.abstractmethod
     def mv(self, x: Vector) -> Vector:
         """The product ``A x``, differentiable in the operator's tensors and in x."""
@@ -68,7 +77,7 @@ class Operator(abc.ABC):
 
     def linearize(self) -> Linearized:
         """A cheap form for many products at one point; not differentiable in the tensors."""
-        return Linearized(self.mv, self.precondition)
+        return Linearized(self.mv, self.precondition, symmetric=self.symmetric)
 
     def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
         """``solve`` some tasks after the other, or all at once; each with its part of the operator."""
@@ -109,6 +118,8 @@ class Linearized:
         precondition: ``M^-1 r``, see [`Operator`][implicit_optim.Operator].
         gradient: gradient of the objective at the point ``[*batch, n]``, where the operator has one.
         value: value of the objective at the point ``[*batch]``, where the operator has one.
+        symmetric: whether ``A = A^T``.
+        low_rank: makes A's parts ``J^T H J + M``, where the operator has this form.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -121,3 +132,33 @@ class Linearized:
     precondition: Callable[[Tensor], Tensor]
     gradient: Tensor | None = None
     value: Tensor | None = None
+    symmetric: bool = True
+    low_rank: Callable[[], LowRank] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What a Gauss-Newton matrix ``A = J^T H J + M`` is made of, for tasks with m outputs.
+
+    Attributes:
+        pull: ``J^T u``, from ``[*batch, m]`` to ``[*batch, n]``.
+        push: ``J x``, from ``[*batch, n]`` to ``[*batch, m]``.
+        hessian: ``H u`` of the loss in the outputs, ``[*batch, m]``.
+        size: m.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> fit = iopt.Objective(
+        ...     lambda phi, x: x @ phi, torch.nn.functional.mse_loss, iopt.proximal
+        ... )
+        >>> phi, x = torch.zeros(3), torch.ones(2, 3)
+        >>> theta = (torch.zeros(3), torch.tensor(1.0))
+        >>> problem = iopt.InnerProblem.bind(fit, phi, theta, x, torch.ones(2))
+        >>> iopt.GaussNewton(problem, phi).linearize().low_rank().size
+        2
+    """
+
+    pull: Callable[[Tensor], Tensor]
+    push: Callable[[Tensor], Tensor]
+    hessian: Callable[[Tensor], Tensor]
+    size: int

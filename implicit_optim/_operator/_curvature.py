@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._derivative import SecondOrder, second_order, vjp
+from implicit_optim._flat import Layout
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._operator._base import Leaves, Linearized, Operator, Vector
+from implicit_optim._operator._base import Leaves, Linearized, LowRank, Operator, Vector
 
 
 @dataclass(frozen=True, eq=False)
-class _Curvature(Operator):
+class Curvature(Operator):
     """What Hessian and Gauss-Newton share: a matrix that belongs to an inner problem at a point."""
 
     problem: InnerProblem
@@ -53,18 +54,18 @@ class _Curvature(Operator):
         data, theta = self.problem.tensors()
         return [self.phi, *data], theta
 
-    def with_tensors(self, own: Leaves, common: Leaves) -> _Curvature:
+    def with_tensors(self, own: Leaves, common: Leaves) -> Curvature:
         """The same curvature of the same problem over other tensors."""
         return replace(self, phi=own[0], problem=self.problem.with_tensors(own[1:], common))
 
-    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> _Curvature:
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Curvature:
         """One more batch dimension in front."""
         problem = self.problem.add_batch(own[1:], common, shared=shared)
         return replace(self, phi=own[0], problem=problem)
 
 
 @dataclass(frozen=True, eq=False)
-class Hessian(_Curvature):
+class Hessian(Curvature):
     """Exact Hessian of the inner objective, ``d^2 F / d phi^2``: the default curvature.
 
     With the proximal term in F this is the paper's ``H + lam I``. On networks it can be indefinite.
@@ -96,7 +97,7 @@ class Hessian(_Curvature):
 
 
 @dataclass(frozen=True, eq=False)
-class GaussNewton(_Curvature):
+class GaussNewton(Curvature):
     """Generalised Gauss-Newton matrix ``J^T H_out J`` of the data term, plus the proximal Hessian.
 
     J is the Jacobian of ``predict`` in phi, H_out the Hessian of the loss in the output. For a loss
@@ -136,7 +137,18 @@ class GaussNewton(_Curvature):
         def mv(x: Tensor) -> Tensor:
             return pull(out_hessian(push(x)))
 
-        return self._linearized(problem, (pull(slope), mv, losses), problem.proximal_at(phi))
+        whole = self._linearized(problem, (pull(slope), mv, losses), problem.proximal_at(phi))
+
+        def low_rank() -> LowRank:
+            flat = Layout.of(output, phi.ndim - 1, "output")
+            return LowRank(
+                lambda u: pull(flat.unravel(u)),
+                lambda x: flat.ravel(push(x)),
+                lambda u: flat.ravel(out_hessian(flat.unravel(u))),
+                flat.n,
+            )
+
+        return replace(whole, low_rank=low_rank)
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

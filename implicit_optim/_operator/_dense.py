@@ -13,10 +13,11 @@ from implicit_optim._operator._base import Leaves, Linearized, Operator, Vector
 
 @dataclass(frozen=True, eq=False)
 class Dense(Operator):
-    """An explicit symmetric matrix per task.
+    """An explicit matrix per task.
 
     Args:
-        matrix: ``[*batch, n, n]``, symmetric.
+        matrix: ``[*batch, n, n]``.
+        symmetric: whether it is; CG and MINRES ask for that, and it is not checked.
 
     Raises:
         ValueError: the matrix is not square.
@@ -28,6 +29,7 @@ class Dense(Operator):
     """
 
     matrix: Any
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.matrix is None:  # a blank, to be filled by with_tensors
@@ -44,17 +46,21 @@ class Dense(Operator):
         """``A x``."""
         return (self.matrix @ x.unsqueeze(-1)).squeeze(-1)
 
+    def transpose(self) -> Dense:
+        """``A^T``."""
+        return self if self.symmetric else replace(self, matrix=self.matrix.mT)
+
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The matrix; nothing is shared."""
         return [self.matrix], []
 
     def with_tensors(self, own: Leaves, common: Leaves) -> Dense:
         """The same form over another matrix."""
-        return Dense(own[0])
+        return replace(self, matrix=own[0])
 
     def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Dense:
         """One more batch dimension in front."""
-        return Dense(own[0])
+        return replace(self, matrix=own[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +85,15 @@ class Damped(Operator):
         """Shape ``(*batch, n)``."""
         return self.operator.shape
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether A is."""
+        return self.operator.symmetric
+
+    def transpose(self) -> Damped:
+        """``A^T + damping I``."""
+        return replace(self, operator=self.operator.transpose())
+
     def _damping(self, x: Tensor) -> Tensor:
         return torch.as_tensor(self.damping, dtype=x.dtype, device=x.device).unsqueeze(-1)
 
@@ -90,7 +105,10 @@ class Damped(Operator):
         """Linearise A; the damping costs nothing."""
         inner = self.operator.linearize()
         return replace(
-            inner, mv=lambda x: inner.mv(x) + self._damping(x) * x, precondition=self.precondition
+            inner,
+            mv=lambda x: inner.mv(x) + self._damping(x) * x,
+            precondition=self.precondition,
+            low_rank=None,  # precondition is the inverse of M without the damping
         )
 
     def precondition(self, r: Vector) -> Vector:

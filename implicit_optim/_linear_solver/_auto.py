@@ -1,0 +1,98 @@
+"""The solver that looks at the matrix first, and says what it chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_optim._batch import none_left, where
+from implicit_optim._linear_solver._base import LinearSolver
+from implicit_optim._linear_solver._cg import CG
+from implicit_optim._linear_solver._direct import QR, Cholesky
+from implicit_optim._linear_solver._gmres import GMRES
+from implicit_optim._linear_solver._minres import MINRES
+from implicit_optim._operator import Linearized
+from implicit_optim._solution import Solution, Status
+
+
+@dataclass(frozen=True)
+class Auto(LinearSolver):
+    """Chooses by size, symmetry and definiteness, task by task, and says what it chose.
+
+    | | symmetric | not |
+    |---|---|---|
+    | n <= max_dense | Cholesky; QR for the tasks that are not positive definite | QR |
+    | larger | CG; MINRES for the tasks in which it meets negative curvature | GMRES |
+
+    An indefinite Hessian is so solved as it stands: the gradient is that of a saddle point. Where that
+    is not wanted, take CG, which says so in its status.
+
+    Args:
+        rtol: tolerance relative to ``||b||`` of the iterative ones. Default: ``max(1e-6, 100 eps)``.
+        max_dense: largest n for which the matrix is formed, by n products.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> A = iopt.Dense(torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, -1.0]))]))
+        >>> solution = iopt.linear_solve(A, torch.ones(2, 2), iopt.Auto())
+        >>> iopt.Auto.chosen(solution)
+        {'Cholesky': 1, 'QR': 1}
+    """
+
+    stats_names: ClassVar = ("residual_norm", "rhs_norm", "choice")
+    names: ClassVar = ("Cholesky", "QR", "CG", "MINRES", "GMRES")
+
+    rtol: float | None = None
+    max_dense: int = 100
+    _cg: CG = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_dense < 0:
+            raise ValueError(f"Invalid max_dense: {self.max_dense}: it must be >= 0")
+        object.__setattr__(self, "_cg", CG(rtol=self.rtol))  # checks rtol
+
+    @torch.no_grad()
+    def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:
+        """See [`LinearSolver.solve`][implicit_optim.LinearSolver.solve].
+
+        Returns:
+            ``stats``: ``residual_norm = ||b - A x||``, ``rhs_norm`` and ``choice``, the place of what
+            was chosen in ``Auto.names`` (int8); ``Auto.chosen(solution)`` counts them.
+        """
+        first: LinearSolver
+        second: LinearSolver | None = None
+        if b.shape[-1] <= self.max_dense:
+            size = max(self.max_dense, 1)
+            first = Cholesky(size) if operator.symmetric else QR(size)
+            second = QR(size) if operator.symmetric else None
+        else:
+            first = self._cg if operator.symmetric else GMRES(rtol=self.rtol)
+            second = MINRES(rtol=self.rtol) if operator.symmetric else None
+        value, status, stats = first.solve(operator, b)
+        choice = torch.full_like(status, self._place(first))
+        residual = stats["residual_norm"]
+        indefinite = status == Status.NEGATIVE_CURVATURE.value
+        if second is not None and not none_left(indefinite):
+            other = second.solve(operator, b)
+            value = where(indefinite, other.value, value)
+            status = torch.where(indefinite, other.status, status)
+            residual = torch.where(indefinite, other.stats["residual_norm"], residual)
+            choice = torch.where(indefinite, self._place(second), choice).to(torch.int8)
+        numbers = (residual, stats["rhs_norm"], choice)
+        return Solution(value, status, dict(zip(self.stats_names, numbers, strict=True)))
+
+    def _place(self, solver: LinearSolver) -> int:
+        return self.names.index(type(solver).__name__)
+
+    @classmethod
+    def chosen(cls, solution: Solution) -> dict[str, int]:
+        """How many tasks were solved with what; reading it synchronises with the device."""
+        places = solution.stats["choice"].flatten().tolist()
+        return {name: places.count(i) for i, name in enumerate(cls.names) if i in places}
