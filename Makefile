@@ -1,29 +1,52 @@
 # Every target makes what it needs: from a fresh clone, Python >= 3.10 and make are enough.
 #   make test PYTHON=python3.12     another interpreter (for a new .venv)
 #   make test ARGS="-k cg -x"       more arguments for pytest
+#   make test WITH="torch==2.14.0"  more arguments for pip (for a new environment)
 
 PYTHON ?= python3
 VENV    = .venv
 ARGS    =
+WITH    =
+TEST    = dev
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install --quiet
 # One stamp for each group of optional dependencies in pyproject.toml.
-STAMPS  = $(VENV)/.examples $(VENV)/.docs $(VENV)/.dev
+STAMPS  = $(VENV)/.examples $(VENV)/.docs $(VENV)/.test $(VENV)/.dev
+# The lower bound of torch in pyproject.toml, as pip's exact version.
+OLDEST  = $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/torch==\1/p' pyproject.toml)
+PYTEST  = -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # `make -j` runs one recipe after the other: two installs into one environment would collide.
 .NOTPARALLEL:
-.PHONY: help demo test lint format docs bench wheel clean distclean
+.PHONY: help demo test test-oldest test-wheel lint format docs bench dist clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.examples ## Implicit MAML in a minute: see it learn
 	@$(PY) examples/demo.py $(ARGS)
 
-test: $(VENV)/.dev ## Run all tests, docstring examples included
-	@$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 10 $(ARGS)
+test: $(VENV)/.$(TEST) ## Run all tests, docstring examples included
+	@$(PY) $(PYTEST) $(ARGS)
+
+test-oldest: ## The same with the oldest torch of pyproject.toml, without torchvision
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest TEST=test WITH="$(OLDEST)"
+
+# The tests come out of the sdist, so that it is complete; they read the wheel's sources and examples.
+test-wheel: dist ## The same with the installed wheel, away from the source tree
+	@echo "Installing the wheel into a new .venv-wheel" \
+	    "(torch is large: the first time takes a few minutes) ..."
+	@"$(PYTHON)" -m venv --clear .venv-wheel
+	@.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet \
+	    "$$(ls dist/*.whl)[dev]" $(WITH)
+	@away="$$(mktemp -d)" && trap 'rm -rf "$$away"' EXIT && \
+	    tar -xzf dist/*.tar.gz --strip-components 1 -C "$$away" && rm -r "$$away/implicit_optim" && \
+	    cd "$$away" && unset PYTHONPATH && python="$(CURDIR)/.venv-wheel/bin/python" && \
+	    "$$python" -c 'import sys, implicit_optim as i; print("Testing", i.__file__); \
+	        sys.exit(not i.__file__.startswith(sys.prefix))' && \
+	    "$$python" $(PYTEST) --pyargs ./tests implicit_optim $(ARGS)
 
 lint: $(VENV)/.dev ## Check style (ruff) and types (mypy)
 	$(PY) -m ruff check .
@@ -40,9 +63,10 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 bench: $(VENV)/.dev ## Run the benchmarks
 	@$(PY) -m benchmarks $(ARGS)
 
-wheel: $(VENV)/.base ## Build a wheel into dist/
-	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
-	@ls dist
+dist: $(VENV)/.base ## Build the sdist, and from it the wheel, into dist/
+	@rm -rf dist
+	@$(PIP) build
+	@$(PY) -m build --outdir dist .
 
 clean: ## Remove build outputs and caches
 	rm -rf build dist site htmlcov .coverage .coverage.* coverage.xml
@@ -51,7 +75,7 @@ clean: ## Remove build outputs and caches
 	    2>/dev/null || true
 
 distclean: clean ## Remove the environment as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest .venv-wheel
 
 # ------------------------------------------------------------------------------- the environment
 
@@ -71,5 +95,5 @@ $(VENV)/.base:
 $(STAMPS): $(VENV)/.%: $(VENV)/.base pyproject.toml
 	@echo "Installing implicit_optim[$*] into $(VENV)" \
 	    "(torch is large: the first time takes a few minutes) ..."
-	@$(PIP) --editable ".[$*]"
+	@$(PIP) --editable ".[$*]" $(WITH)
 	@touch $@

@@ -1,11 +1,11 @@
 """`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-python -m benchmarks [cost] [scaling] [products] [speed] [soak]
+python -m benchmarks [cost] [scaling] [products] [speed] [soak] [import_time]
 """
 
 import argparse
 
-from benchmarks import cost, products, scaling, soak, speed
+from benchmarks import cost, import_time, products, scaling, soak, speed
 
 BENCHMARKS = {
     "cost": cost.main,
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "products": products.main,
     "speed": speed.main,
     "soak": soak.main,
+    "import_time": import_time.main,
 }
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

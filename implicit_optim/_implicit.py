@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,11 @@ from implicit_optim._operator import GaussNewton, Hessian, Jacobian, Operator
 from implicit_optim._solution import OnSolve
 
 Curvature = type[Hessian] | type[GaussNewton]
+Tree = TypeVar("Tree")  # a tensor or a pytree of tensors
 
 
 def attach(
-    phi: Any,
+    phi: Tree,
     objective: InnerObjective,
     theta: Any,
     *data: Any,
@@ -42,7 +43,7 @@ def attach(
     seed: int | None = None,
     batching: Batching = WHOLE,
     on_solve: OnSolve | None = None,
-) -> Any:
+) -> Tree:
     r"""Make a minimiser ``phi`` a differentiable function of theta and of the data.
 
     The value is unchanged. Its derivative is that of ``phi*(theta) = argmin_phi F(phi, theta, *data)``

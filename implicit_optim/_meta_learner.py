@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -152,6 +152,10 @@ class MetaLearner(nn.Module):
         asked_seed = None if seed is None else ~seed
         losses = self._over_tasks(query_loss, phi, tuple(query), asked_seed)
         return self.meta_gradient.outer(self.anchor(), phi, losses)
+
+    if TYPE_CHECKING:  # torch types the call of any module as Any
+
+        def __call__(self, support: Episode, query: Episode) -> Tensor: ...  # noqa: D102
 
     def adapt(self, support: Episode) -> dict[str, Tensor]:
         """Adapted parameters by name, ``[T, *shape]``; no graph is kept under ``torch.no_grad()``.

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import implicit_optim
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "implicit_optim"
+SOURCES = Path(implicit_optim.__file__).parent  # of the source tree, or of an installed wheel
 
 # The layer of each module or subpackage. An import goes downwards or stays in its layer.
 LAYERS = {
@@ -43,7 +46,8 @@ LAYERS = {
 }
 OPTIM, OPTIM_SEES = "optim", 4  # torch.optim shells: see layers 0..4, seen by nobody
 TASKS = "tasks"  # episodes: see nothing of the library, seen by nobody
-UNITS = {*LAYERS, OPTIM, TASKS}
+MAIN = "__main__"  # `python -m`: sees the face alone, seen by nobody, and it alone prints
+UNITS = {*LAYERS, OPTIM, TASKS, MAIN}
 
 THIRD_PARTY = {"torch", "jaxtyping"}  # the run-time dependencies of pyproject.toml
 TASKS_THIRD_PARTY = {*THIRD_PARTY, "torchvision", "PIL"}  # those of the extra `vision`
@@ -55,8 +59,10 @@ MAX_LINES_LIBRARY = 4_000  # of code; it was 3,500 before the linear solvers bes
 def library() -> dict[str, str]:
     """Source of every module of the library by dotted name; a package is named `x.__init__`."""
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
-        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+        ".".join((PACKAGE, *path.relative_to(SOURCES).with_suffix("").parts)): path.read_text(
+            "utf-8"
+        )
+        for path in sorted(SOURCES.rglob("*.py"))
     }
 
 
@@ -109,6 +115,13 @@ def late_imports(tree: ast.AST):
                 yield node.lineno
 
 
+def prints(tree: ast.AST):
+    """Yield the line of every call of `print`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+            yield node.lineno
+
+
 def complaint(module: str, target: str) -> str | None:
     """Why `module` must not import `target`, or None if it may."""
     inside = target.split(".")[0] == PACKAGE
@@ -123,12 +136,18 @@ def complaint(module: str, target: str) -> str | None:
             return f"{root} is no run-time dependency of the library"
         return None
     if target == PACKAGE or is_top(target):
+        if source == MAIN:
+            return None
         return f"the library does not import its own face; import the module of {PACKAGE} instead"
     sink = unit(target)
     if sink == TASKS and source != TASKS:
         return f"nothing imports {TASKS}"
+    if sink == MAIN:
+        return f"nothing imports {MAIN}"
     if is_top(module) or sink == source:
         return None
+    if source == MAIN:
+        return f"{MAIN} imports the face alone"
     if source == TASKS:
         return f"{TASKS}/ knows nothing of the library"
     if sink == OPTIM:
@@ -166,6 +185,11 @@ def violations(sources: dict[str, str]) -> list[str]:
             "write it at the top of the file, and move code down a layer if that makes a circle"
             for line in sorted(set(late_imports(tree)))
         ]
+        found += [
+            f"{file_of(module)}:{line}: prints; a library warns, raises or returns"
+            for line in prints(tree)
+            if unit(module) != MAIN
+        ]
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -177,6 +201,7 @@ def violations(sources: dict[str, str]) -> list[str]:
 
 
 def test_imports_go_one_way():
+    assert len(library()) > len(UNITS)  # they were found
     found = violations(library())
     assert not found, "\n" + "\n".join(found)
 
@@ -236,6 +261,7 @@ def test_public_names_are_in_the_api_page():
 GOOD = {
     "implicit_optim.__init__": "from implicit_optim._minimize import minimize\n"
     "from implicit_optim.optim import GD\n",
+    "implicit_optim.__main__": "import torch\nfrom implicit_optim import __version__\nprint(1)\n",
     "implicit_optim._flat": "import math\nimport torch.nn as nn\n",
     "implicit_optim._minimize": "from ._flat import Flat\nfrom implicit_optim._solver import gd\n",
     "implicit_optim._solver.__init__": "from implicit_optim._solver._gd import gd\n",
@@ -260,6 +286,10 @@ BAD = {
     "face imports tasks": ("__init__", "from . import tasks", "nothing imports tasks"),
     "own face": ("_minimize", "import implicit_optim", "own face"),
     "own face, by name": ("_minimize", "from implicit_optim import GD", "own face"),
+    "core imports main": ("_minimize", "from . import __main__", "nothing imports __main__"),
+    "face imports main": ("__init__", "from .__main__ import main", "nothing imports __main__"),
+    "main goes round the face": ("__main__", "from ._flat import Flat", "the face alone"),
+    "prints": ("_flat", "def f():\n    print('here')", "prints"),
     "torchvision": ("_minimize", "import torchvision", "only tasks/ may import torchvision"),
     "undeclared dependency": ("_minimize", "import numpy as np", "no run-time dependency"),
     "tasks see the core": ("tasks._draw", "from .._flat import Flat", "knows nothing"),
