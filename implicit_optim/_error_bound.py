@@ -39,12 +39,12 @@ def error_bound(
     Args:
         solution: of the linear solve, as ``on_solve`` hears it.
         lam: proximal strength, a scalar, or the largest eigenvalue of a matrix.
-        smoothness: ``L_s``, a Lipschitz constant of the outer gradient v as a function of phi; 0 if v
-            does not depend on phi.
-        hessian_lipschitz: ``rho``, 0 for a quadratic inner loss.
-        strong_convexity: ``mu``. A convex inner loss has ``mu >= lam``. Default: the smallest Ritz
-            value of the solve. That is an estimate from above: the result is then an estimate, and
-            no bound.
+        smoothness: ``L_s``, a Lipschitz constant of the outer gradient v as a function of phi, a
+            scalar or one per task ``[*batch]``; 0 if v does not depend on phi.
+        hessian_lipschitz: ``rho``, a scalar or ``[*batch]``; 0 for a quadratic inner loss.
+        strong_convexity: ``mu``, a scalar or ``[*batch]``. A convex inner loss has ``mu >= lam``.
+            Default: the smallest Ritz value of the solve. That is an estimate from above: the result
+            is then an estimate, and no bound.
 
     Returns:
         The bound ``[*batch]``, in units of the meta-gradient; inf for a task whose solve met

@@ -68,7 +68,7 @@ class MetaGradient(abc.ABC):
         """The losses that ``forward`` returns, for a rule whose gradient is not that of the query loss.
 
         Args:
-            anchor: theta by name.
+            anchor: theta by name, ``[*shape]``.
             phi: what it adapted to, by name, ``[T, *shape]``.
             losses: query losses ``[T]``.
 

@@ -130,7 +130,7 @@ class MetaLearner(nn.Module):
 
         Args:
             support: ``(x [T, N, ...], y [T, N, ...])``, or more inputs before the target.
-            query: the same form, other examples of the same tasks.
+            query: ``(x [T, M, ...], y [T, M, ...])``, other examples of the same tasks.
 
         Returns:
             The losses ``[T]``; ``losses.mean().backward()`` leaves the meta-gradient. A task in
@@ -164,7 +164,8 @@ class MetaLearner(nn.Module):
             support: ``(x [T, N, ...], y [T, N, ...])``.
 
         Returns:
-            phi: one set of parameters a task; with ``RunningStats.PER_TASK`` also the statistics.
+            phi ``[T, *shape]`` by name: one set of parameters a task; with ``RunningStats.PER_TASK``
+            also the statistics.
         """
         return self._adapt(support, self._seed())
 

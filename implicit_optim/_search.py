@@ -38,7 +38,7 @@ class Search(abc.ABC):
         """Find a step per task.
 
         Args:
-            along: ``t -> F(phi + t d)`` for every task.
+            along: ``t -> F(phi + t d)`` for every task, ``[*batch]`` to ``[*batch]``.
             value: ``F(phi)``, ``[*batch]``.
             slope: directional derivative ``grad F . d`` at phi, ``[*batch]``, negative.
 

@@ -114,7 +114,7 @@ class Linearized:
     """An operator at one point with everything that its products share already computed.
 
     Attributes:
-        mv: the product.
+        mv: the product, ``[*batch, n]`` to ``[*batch, n]``.
         precondition: ``M^-1 r``, see [`Operator`][implicit_optim.Operator].
         gradient: gradient of the objective at the point ``[*batch, n]``, where the operator has one.
         value: value of the objective at the point ``[*batch]``, where the operator has one.

@@ -103,7 +103,8 @@ class Solver(abc.ABC):
             state: the rule's state.
 
         Returns:
-            The next iterate, the next state, and whether each task found a step (``None``: all did).
+            The next iterate ``[*batch, n]``, the next state, and whether each task found a step,
+            bool ``[*batch]`` (``None``: all did).
         """
 
 

@@ -139,7 +139,7 @@ class NewtonCG(Optimizer):
             closure: returns the loss, for Gauss-Newton ``(loss, output)``, without ``backward()``.
 
         Returns:
-            The loss at the start of the step, without a graph.
+            The loss at the start of the step, a scalar without a graph.
 
         Raises:
             RuntimeError: there is no closure, it called ``backward()``, or what it returned has no

@@ -20,7 +20,7 @@ class Episodes(Stream):
     examples without replacement: the first `shots` are the support, the others the query, so no
     drawing is in both. Every ordered choice is equally likely:
 
-    .. math:: (c_1, \dots, c_W) = \mathrm{top}_W(u), \quad u \sim U[0, 1]^C
+    $$(c_1, \dots, c_W) = \mathrm{top}_W(u), \quad u \sim U[0, 1]^C$$
 
     The classes of a task are labelled 0 to ways - 1 in the order drawn, and both batches are
     class by class: `y = [0, 0, ..., 1, 1, ...]`. All the work is two `topk` and two gathers on the

@@ -14,8 +14,8 @@ from implicit_optim.tasks._checks import check_positive
 class ConvNet(nn.Module):
     r"""The convolutional network of MAML and iMAML: `blocks` conv blocks and a linear head.
 
-    .. math:: h_{k+1} = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3}(h_k))), \quad
-              \mathrm{logits} = W \,\mathrm{flatten}(h_K) + c
+    $$h_{k+1} = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3}(h_k))), \quad
+    \mathrm{logits} = W \;\mathrm{flatten}(h_K) + c$$
 
     Each block halves the image: with a stride of 2 (Omniglot, the default) or with a 2x2 max-pool
     after the ReLU (Mini-ImageNet: `in_channels=3, image_size=84, filters=32, max_pool=True`).
@@ -113,7 +113,7 @@ def _block(in_channels: int, out_channels: int, max_pool: bool) -> nn.Sequential
 class MLP(nn.Module):
     r"""A multi-layer perceptron: linear layers with an activation between them.
 
-    .. math:: h_{k+1} = \sigma(W_k h_k + b_k), \quad y = W_K h_K + b_K
+    $$h_{k+1} = \sigma(W_k h_k + b_k), \quad y = W_K h_K + b_K$$
 
     The default, tanh, has second derivatives everywhere; ReLU has none at its kinks, where
     Hessian products and Newton steps lose their meaning.

@@ -23,8 +23,7 @@ def sinusoids(
 ) -> Stream:
     r"""Few-shot regression on random sine waves.
 
-    .. math:: y = a \sin(x - b), \quad
-              a \sim U[0.1, 5],\; b \sim U[0, \pi],\; x \sim U[-5, 5]
+    $$y = a \,\sin(x - b), \quad a \sim U[0.1, 5],\; b \sim U[0, \pi],\; x \sim U[-5, 5]$$
 
     with one amplitude `a` and one phase `b` (radians) a task, no noise.
 

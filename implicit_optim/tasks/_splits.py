@@ -10,8 +10,8 @@ class Splits(NamedTuple):
 
     Attributes:
         train: `[classes, examples, *shape]` to meta-train on.
-        val: the same, of other classes, to choose settings by.
-        test: the same, of yet other classes, to report.
+        val: `[classes, examples, *shape]` of other classes, to choose settings by.
+        test: `[classes, examples, *shape]` of yet other classes, to report.
 
     Examples:
         >>> import torch
