@@ -72,11 +72,11 @@ class Batching:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if workers < 2 or torch.is_grad_enabled() or transformed:
             return [solve(chunk) for chunk in chunks]
-        threads = torch.get_num_threads()
+        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
         def alone(chunk: slice) -> Any:
             torch.set_num_threads(1)
-            with torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad():  # both belong to a thread
                 return solve(chunk)
 
         try:

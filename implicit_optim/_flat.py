@@ -56,7 +56,7 @@ class Layout:
             The layout of one element of the batch.
 
         Raises:
-            TypeError: a leaf is no floating-point tensor.
+            TypeError: a leaf is no floating-point tensor, or is sharded over processes.
             ValueError: dtypes, devices or batch shapes differ between leaves.
         """
         leaves, treespec = pytree.tree_flatten_with_path(tree)
@@ -125,6 +125,12 @@ def _check_leaf(name: str, leaf: Any, first_name: str, first: Any, batch_ndim: i
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         what = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {what}")
+    if hasattr(leaf, "full_tensor"):  # a DTensor, whose module takes long to import
+        raise TypeError(
+            f"{name} is sharded (a {type(leaf).__name__}), but one flat vector needs all of it; with "
+            "FSDP: fully_shard(meta), the MetaLearner as a whole and no module inside of it, and "
+            'register_fsdp_forward_method(meta, "adapt") to call adapt by itself'
+        )
     if leaf.dtype != first.dtype or leaf.device != first.device:
         raise ValueError(
             f"{name} is {leaf.dtype} on {leaf.device} but {first_name} is {first.dtype} on "

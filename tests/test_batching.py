@@ -118,6 +118,21 @@ def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads,
     assert conv._automatic(episode(3, 12)) == iopt.Batching()  # small: one grouped convolution
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_inference_mode_reaches_the_threads(way):
+    """A thread starts without it, and refuses to differentiate what was made inside."""
+    settings = {"solver": iopt.gd(lr=0.1, max_steps=3), "on_solve": iopt.Ignore()}
+    meta = iopt.MetaLearner(MLP(2, (3,), 1), F.mse_loss, batching=WAYS[way], **settings)
+    episode = torch.randn(4, 5, 2), torch.randn(4, 5, 1)
+    expected = meta(episode, episode).detach()
+    with torch.inference_mode():
+        inside = tuple(t.clone() for t in episode)
+        assert torch.equal(meta(inside, inside), expected)
+        phi = meta.adapt(inside)
+        assert torch.equal(meta.predict(phi, inside[0])[0], meta.predict(phi, episode[0])[0])
+    meta(episode, episode).mean().backward()  # and does not stay
+
+
 def test_other_learners_take_one_batch(two_threads):
     """A small network is fastest so; what dropout draws must not depend on the machine's cores."""
     solver = iopt.gd(lr=0.1)
