@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("PIL")
 
 import implicit_optim as iopt  # noqa: E402
-from benchmarks.paper import few_shot, fig2a, fig2b, table1, table3  # noqa: E402
+from benchmarks.paper import few_shot, fig2a, fig2b, summary, table1, table3  # noqa: E402
 from benchmarks.paper.points import Points  # noqa: E402
 from implicit_optim.tasks import ConvNet, Episodes, Splits  # noqa: E402
 
@@ -284,6 +284,31 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path):
     broken = Splits(SPLIT.train.float() * float("nan"), SPLIT.val, SPLIT.test)
     with pytest.raises(SystemExit, match="meta-step 0: the loss of 4 of 4 tasks is not finite"):
         few_shot.Run(SMALL, broken, network(), tmp_path).finish()
+
+
+def test_the_summary_has_a_row_for_every_run_that_is_kept(tmp_path, capsys):
+    rows = {}
+    for method, steps in (("fomaml", 2), ("imaml-gd", 2), ("imaml-gd", 3)):
+        name = f"omniglot-{method}-{steps}"
+        s = dataclasses.replace(SMALL, method=method, steps=steps)
+        rows[name] = few_shot.Run(s, SPLIT, network(), tmp_path / name).finish()
+        (tmp_path / name / "results.json").rename(tmp_path / f"{name}.json")
+    parser = argparse.ArgumentParser()
+    summary.arguments(parser)
+    capsys.readouterr()
+    picture = tmp_path / "new" / "curves.png"
+    summary.main(parser.parse_args(["--results", str(tmp_path), "--out", str(picture)]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == 3 and picture.stat().st_size > 10_000
+    order = ("omniglot-imaml-gd-2", "omniglot-fomaml-2", "omniglot-imaml-gd-3")
+    for line, name in zip(lines, order, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = rows[name]["transductive"]
+        assert cells[0] == few_shot.METHODS[rows[name]["settings"]["method"]]
+        assert cells[3] == name[-1]
+        assert cells[5] == f"{found['accuracy']:.2f} ± {found['interval_95']:.2f}"
+    with pytest.raises(SystemExit, match="run table2"):
+        summary.main(parser.parse_args(["--results", str(tmp_path / "new"), "--out", str(picture)]))
 
 
 # The command made small, run as it would be: a process of its own, warnings as errors.

@@ -2,17 +2,24 @@
 
 import argparse
 
-from benchmarks.paper import fig2a, fig2b, table1, table2, table3
+from benchmarks.paper import fig2a, fig2b, summary, table1, table2, table3
 
-RESULTS = {"table1": table1, "fig2a": fig2a, "fig2b": fig2b, "table2": table2, "table3": table3}
+RESULTS = {
+    "table1": table1,
+    "fig2a": fig2a,
+    "fig2b": fig2b,
+    "table2": table2,
+    "table3": table3,
+    "summary": summary,
+}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
 choices = parser.add_subparsers(dest="result", required=True)
 for name, module in RESULTS.items():
-    summary = module.__doc__.partition("\n")[0]
+    line = module.__doc__.partition("\n")[0]
     choice = choices.add_parser(
         name,
-        help=summary,
+        help=line,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

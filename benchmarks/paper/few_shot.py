@@ -207,7 +207,7 @@ class Run:
         results["minutes"] = self.history["seconds"] / 60
         results |= {"machine": machine() | {"device": str(self.split.train.device)}}
         results |= {k: v for k, v in self.history.items() if k != "seconds"}
-        (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (self.folder / "results.json").write_text(json.dumps(results) + "\n")
         return results
 
     def _train(self):
