@@ -20,6 +20,7 @@ def test_codes_are_fixed():
         "NEGATIVE_CURVATURE": 2,
         "LINE_SEARCH": 3,
         "NONFINITE": 4,
+        "SINGULAR": 5,
     }
 
 
@@ -44,7 +45,7 @@ def test_the_message_of_a_failure_says_what_to_try(status, word):
 
 def test_share():
     done = solution(0, 2, 2, 1)
-    assert [done.share(s).item() for s in Status] == [0.25, 0.25, 0.5, 0.0, 0.0]
+    assert [done.share(s).item() for s in Status] == [0.25, 0.25, 0.5, 0.0, 0.0, 0.0]
     assert done.share(Status.MAX_STEPS).ndim == 0
 
 

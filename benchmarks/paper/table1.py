@@ -114,7 +114,7 @@ def draw(rows, path):
     for axes, what in ((left, "gradients"), (right, "peak memory [KiB]")):
         axes.set(xscale="log", yscale="log", xlabel="condition number kappa", ylabel=what)
         axes.set_xticks(KAPPAS, [str(k) for k in KAPPAS])
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False)
     left.legend(title="power of kappa", fontsize=8)
     right.legend(fontsize=8)
     fig.suptitle(f"to a relative error of {ACCURACIES[1]:g}; dotted: the paper's power")
