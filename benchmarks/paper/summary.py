@@ -70,7 +70,7 @@ def draw(runs, path):
         style = {"color": COLORS[s["method"]], "marker": "o", "ms": 3, "capsize": 2}
         style["ls"] = "-" if s["lam"] < 2 and s["curvature"] == "hessian" else "--"
         (left if equal else right).errorbar(steps, values, halves, label=label, **style)
-    left.set(title=f"all methods, {fewest} meta-steps", xlabel="meta-steps")
+    left.set(title=f"{fewest} meta-steps", xlabel="meta-steps")
     right.set(title="longer", xlabel="meta-steps")
     left.set_ylabel("accuracy, unseen characters [%]")
     for axes in (left, right):
