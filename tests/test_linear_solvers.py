@@ -1,5 +1,6 @@
 """Every linear solver against dense solves by NumPy, for random matrices of every kind it takes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -141,6 +142,7 @@ def test_neumann_finds_a_step_that_cannot_diverge(seed, log_size):
         if steps:
             norms.append(np.linalg.norm(b - (A @ x[..., None])[..., 0], axis=-1))
     assert all((after <= before * (1 + 1e-9)).all() for before, after in itertools.pairwise(norms))
+    assert (norms[0] < np.linalg.norm(b, axis=-1)).all()  # the first step is one already
     assert (norms[-1] < 0.1 * np.linalg.norm(b, axis=-1)).all()
     automatic = iopt.Neumann(rtol=1e-6, max_steps=500)
     solution = linear_solve(Dense(torch.from_numpy(A)), torch.from_numpy(b), automatic)
@@ -148,6 +150,56 @@ def test_neumann_finds_a_step_that_cannot_diverge(seed, log_size):
 
 
 # ------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 20}, {"rtol": 1e-6}], ids=str)
+def test_neumann_says_where_no_step_helps(limits):
+    """A rotation by 90 degrees, minus the identity, and beside them a matrix that it can solve."""
+    turn = [[0.0, 1.0], [-1.0, 0.0]]
+    A = torch.tensor([turn, [[-1.0, 0.0], [0.0, -1.0]], [[1.0, 0.0], [0.0, 0.5]]])
+    b = torch.tensor([[1.0, 2.0]]).expand(3, 2)
+    x, status, stats = linear_solve(Dense(A, symmetric=False), b, iopt.Neumann(**limits))
+    assert status.tolist() == [Status.LINE_SEARCH, Status.LINE_SEARCH, Status.SUCCESS]
+    assert x[:2].tolist() == b[:2].tolist()  # the first-order direction, not zero
+    assert stats["steps"][:2].tolist() == [0, 0]
+    assert stats["residual_norm"][:2].tolist() == pytest.approx([5**0.5, 5**0.5])
+    assert x[2].tolist() == pytest.approx([1.0, 4.0], rel=1e-4)
+
+
+def test_woodbury_that_cannot_be_factored_says_so():
+    """In float32, outputs that repeat each other on a nearly flat proximal term."""
+    fit = iopt.Objective(
+        lambda phi, x: x @ phi, lambda out, y: 1e12 * (out - y).square().sum(), iopt.proximal
+    )
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    y, phi = torch.ones(8), torch.zeros(2)
+    theta = torch.zeros(2), torch.tensor(1e-6)
+    A = iopt.GaussNewton(iopt.InnerProblem.bind(fit, phi, theta, x, y), phi)
+    value, status, _ = linear_solve(A, torch.ones(2), iopt.Woodbury())
+    assert status == Status.SINGULAR
+    assert value.isnan().all()
+
+
+def test_auto_forms_a_matrix_once():
+    """Two tasks, one indefinite, so that both factorisations have their turn."""
+
+    class Counted(Dense):
+        products = 0
+
+        def linearize(self):
+            linear = super().linearize()
+
+            def mv(v):
+                Counted.products += 1
+                return linear.mv(v)
+
+            return dataclasses.replace(linear, mv=mv)
+
+    A = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, -1.0, 2.0]))])
+    x, status, _ = linear_solve(Counted(A), torch.ones(2, 3), iopt.Auto())
+    assert status.tolist() == [0, 0]
+    assert x.tolist() == [[1.0, 1.0, 1.0], [1.0, -1.0, 0.5]]
+    assert Counted.products == 3
 
 
 @pytest.mark.parametrize("name", ["MINRES", "GMRES", "QR"])

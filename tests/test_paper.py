@@ -190,7 +190,7 @@ SMALL = few_shot.Settings(
     tasks=4,
     steps=6,
     meta_lr=1e-2,
-    decay=True,
+    cycles=1,
     validate_every=3,
     test_tasks=12,
     seed=0,
@@ -289,6 +289,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path):
     broken = Splits(SPLIT.train.float() * float("nan"), SPLIT.val, SPLIT.test)
     with pytest.raises(SystemExit, match="meta-step 0: the loss of 4 of 4 tasks is not finite"):
         few_shot.Run(SMALL, broken, network(), tmp_path).finish()
+
+
+def test_a_task_that_diverges_counts_as_wrong_and_is_warned_of():
+    images = SPLIT.test.float()
+    images[4] = float("nan")
+    shape = {"ways": 2, "shots": 1, "queries": few_shot.TEST_QUERIES, "tasks": 12}
+    support, _ = Episodes(images, seed=1, **shape).sample()
+    lost = support[0].flatten(1).isnan().any(1)
+    assert 0 < lost.sum() < 12
+    kept = Episodes(
+        SPLIT.test.float(), seed=1, **shape
+    ).sample()  # the same tasks, all of them whole
+    model = network()
+    meta = few_shot.learner(model, SMALL)
+    with torch.no_grad():
+        logits = meta.predict(meta.adapt(kept[0]), kept[1][0])
+    hits = (logits.argmax(-1) == kept[1][1]).float().mean(-1) * ~lost
+    with pytest.warns(
+        UserWarning, match=f"{lost.sum()} tasks have predictions that are not finite"
+    ):
+        found, _ = few_shot.accuracy(model, SMALL, images, 12, 1)
+    assert found == pytest.approx(100 * hits.mean().item(), abs=1e-3)
 
 
 def test_the_summary_has_a_row_for_every_run_that_is_kept(tmp_path, capsys):

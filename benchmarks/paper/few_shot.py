@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass
 
 import matplotlib
@@ -55,7 +56,7 @@ class Settings:
     tasks: int
     steps: int
     meta_lr: float
-    decay: bool
+    cycles: int  # of meta_lr, by a cosine to 0; 0: constant
     validate_every: int
     test_tasks: int
     seed: int
@@ -110,9 +111,10 @@ def normalised_by_support(model):
 def accuracy(model, s, images, tasks, seed, bar=None):
     """Accuracy in % on the query sets of held-out classes: mean and half-width of its 95 % interval.
 
-    The inner problem and its solver are those of the training.
+    The inner problem and its solver are those of the training. A task whose predictions are not finite
+    is wrong from end to end, and is warned of.
     """
-    meta, hits = learner(model, s), []
+    meta, hits, lost = learner(model, s), [], 0
     shape = {"ways": s.way, "shots": s.shot, "queries": TEST_QUERIES}
     size = min(20, tasks)
     for support, (x, y) in Episodes(
@@ -120,9 +122,17 @@ def accuracy(model, s, images, tasks, seed, bar=None):
     ):
         with torch.no_grad():
             logits = meta.predict(meta.adapt(support), x)
-        hits.append((logits.argmax(-1) == y).float().mean(-1))
+        finite = logits.isfinite().all(-1)
+        lost += (~finite.all(-1)).sum().item()
+        hits.append(((logits.argmax(-1) == y) & finite).float().mean(-1))
         if bar is not None:
             bar.update(size)
+    if lost:
+        warnings.warn(
+            f"{lost} tasks have predictions that are not finite, counted as wrong: the inner solver "
+            "diverged there; lower --inner-lr",
+            stacklevel=2,
+        )
     hits = 100 * torch.cat(hits)[:tasks]
     return hits.mean().item(), 1.96 * hits.std().item() / math.sqrt(len(hits))
 
@@ -143,9 +153,9 @@ class Run:
         self.failed = []  # share of each meta-step's tasks in which CG met negative curvature
         self.meta = learner(model, settings, self._heard).to(split.train.device)
         self.opt = torch.optim.Adam(self.meta.parameters(), lr=settings.meta_lr)
-        lasts = settings.steps if settings.decay else math.inf
+        lasts = settings.steps / settings.cycles if settings.cycles else math.inf
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.opt, lambda step: (1 + math.cos(math.pi * min(step / lasts, 1))) / 2
+            self.opt, lambda step: (1 + math.cos(math.pi * (step / lasts % 1))) / 2
         )
         self.episodes = Episodes(
             split.train,

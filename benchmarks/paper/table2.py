@@ -6,6 +6,7 @@ The defaults are the paper's: 32 tasks, 20,000 meta-steps, lam = 2, 16 inner ste
 steps, Adam at 1e-3. DIR holds Omniglot as `implicit_optim.tasks.omniglot` reads it.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -55,12 +56,20 @@ def arguments(parser):
     parser.add_argument("--cg-steps", type=int, default=5)
     parser.add_argument("--curvature", choices=CURVATURES, default="hessian")
     parser.add_argument(
-        "--random-head", action="store_true", help="torch's own last layer, not zeros"
+        "--random-head",
+        dest="zero_head",
+        action="store_false",
+        help="torch's own last layer, not zeros",
     )
     parser.add_argument("--tasks", type=int, default=32, help="in a meta-step")
     parser.add_argument("--steps", type=int, default=20_000, help="meta-steps")
     parser.add_argument("--meta-lr", type=float, default=1e-3)
-    parser.add_argument("--decay", action="store_true", help="cosine decay of --meta-lr to 0")
+    parser.add_argument(
+        "--cycles",
+        type=int,
+        default=0,
+        help="times that --meta-lr falls to 0 by a cosine, each from the start (default: constant)",
+    )
     parser.add_argument("--validate-every", type=int, default=500)
     parser.add_argument("--test-tasks", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
@@ -70,26 +79,11 @@ def arguments(parser):
 
 def settings(args):
     reptile = args.method == "reptile"
-    return Settings(
-        method=args.method,
-        way=args.way,
-        shot=args.shot,
-        train_shot=args.train_shot or args.shot + (5 if reptile else 0),
-        queries=args.queries or (5 if reptile else 15),
-        lam=args.lam,
-        inner_lr=args.inner_lr,
-        inner_steps=args.inner_steps or (16 if args.way < 20 else 25),
-        cg_steps=args.cg_steps,
-        curvature=args.curvature,
-        zero_head=not args.random_head,
-        tasks=args.tasks,
-        steps=args.steps,
-        meta_lr=args.meta_lr,
-        decay=args.decay,
-        validate_every=args.validate_every,
-        test_tasks=args.test_tasks,
-        seed=args.seed,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    given["train_shot"] = args.train_shot or args.shot + (5 if reptile else 0)
+    given["queries"] = args.queries or (5 if reptile else 15)
+    given["inner_steps"] = args.inner_steps or (16 if args.way < 20 else 25)
+    return Settings(**given)
 
 
 def run(args, name, split, network, published):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from implicit_optim._batch import none_left, where
 from implicit_optim._linear_solver._base import LinearSolver
 from implicit_optim._linear_solver._cg import CG
-from implicit_optim._linear_solver._direct import QR, Cholesky
+from implicit_optim._linear_solver._direct import QR, Cholesky, dense
 from implicit_optim._linear_solver._gmres import GMRES
 from implicit_optim._linear_solver._minres import MINRES
 from implicit_optim._operator import Linearized
@@ -66,30 +68,32 @@ class Auto(LinearSolver):
             ``stats``: ``residual_norm = ||b - A x||``, ``rhs_norm`` and ``choice``, the place of what
             was chosen in ``Auto.names`` (int8); ``Auto.chosen(solution)`` counts them.
         """
-        first: LinearSolver
-        second: LinearSolver | None = None
-        if b.shape[-1] <= self.max_dense:
-            size = max(self.max_dense, 1)
-            first = Cholesky(size) if operator.symmetric else QR(size)
-            second = QR(size) if operator.symmetric else None
-        else:
-            first = self._cg if operator.symmetric else GMRES(rtol=self.rtol)
-            second = MINRES(rtol=self.rtol) if operator.symmetric else None
-        value, status, stats = first.solve(operator, b)
-        choice = torch.full_like(status, self._place(first))
+        (name, first), *others = self._candidates(operator, b).items()
+        value, status, stats = first()
+        choice = torch.full_like(status, self.names.index(name))
         residual = stats["residual_norm"]
-        indefinite = status == Status.NEGATIVE_CURVATURE.value
-        if second is not None and not none_left(indefinite):
-            other = second.solve(operator, b)
-            value = where(indefinite, other.value, value)
-            status = torch.where(indefinite, other.status, status)
-            residual = torch.where(indefinite, other.stats["residual_norm"], residual)
-            choice = torch.where(indefinite, self._place(second), choice).to(torch.int8)
+        for name, other in others:
+            indefinite = status == Status.NEGATIVE_CURVATURE.value
+            if none_left(indefinite):
+                break
+            second = other()
+            value = where(indefinite, second.value, value)
+            status = torch.where(indefinite, second.status, status)
+            residual = torch.where(indefinite, second.stats["residual_norm"], residual)
+            place = self.names.index(name)
+            choice = torch.where(indefinite, place, choice).to(torch.int8)
         numbers = (residual, stats["rhs_norm"], choice)
         return Solution(value, status, dict(zip(self.stats_names, numbers, strict=True)))
 
-    def _place(self, solver: LinearSolver) -> int:
-        return self.names.index(type(solver).__name__)
+    def _candidates(self, operator: Linearized, b: Tensor) -> dict[str, Callable[[], Solution]]:
+        """What may solve it: the next one takes the tasks that are not positive definite."""
+        if b.shape[-1] > self.max_dense:
+            iterative = (self._cg, MINRES(rtol=self.rtol))
+            solvers = iterative if operator.symmetric else (GMRES(rtol=self.rtol),)
+            return {type(s).__name__: partial(s.solve, operator, b) for s in solvers}
+        matrix = dense(operator, b, self.max_dense)
+        direct = (Cholesky(), QR()) if operator.symmetric else (QR(),)
+        return {type(s).__name__: partial(s.on_matrix, matrix, b) for s in direct}
 
     @classmethod
     def chosen(cls, solution: Solution) -> dict[str, int]:

@@ -87,21 +87,28 @@ class Iterative(LinearSolver):
         return max_steps, rtol, rtol == 0 and self.atol == 0
 
 
-class Outcome:
-    """How a solve goes, task by task: what is left to do, and what to say of it in the end.
+def scaled(b: Tensor, rtol: float, atol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Divide b by a power of two: quotient, power, the quotient's norm, and the residual it may have.
 
-    The right-hand side is scaled by a power of two, so that squares stay in the range of its dtype.
+    Squares of a tiny or huge b would leave the range of its dtype. Below the rounding of ``||b||`` a
+    residual is noise: no solve can be asked for more.
     """
+    scale = power_of_two(b)
+    b = b / scale.unsqueeze(-1)
+    rhs_norm = norm(b)
+    least = max(rtol, torch.finfo(b.dtype).eps)
+    return b, scale, rhs_norm, torch.maximum(least * rhs_norm, atol / scale)
+
+
+class Outcome:
+    """How a solve goes, task by task: what is left to do, and what to say of it in the end."""
 
     def __init__(self, b: Tensor, rtol: float, atol: float) -> None:
-        self.scale = power_of_two(b)
-        self.b = b / self.scale.unsqueeze(-1)
-        self.rhs_norm = self.residual_norm = norm(self.b)
-        eps = torch.finfo(b.dtype).eps
-        self.target = torch.maximum(max(rtol, eps) * self.rhs_norm, atol / self.scale)
+        self.b, self.scale, self.rhs_norm, self.target = scaled(b, rtol, atol)
+        self.residual_norm = self.rhs_norm
         self.nonfinite = ~torch.isfinite(self.rhs_norm)
         self.running = ~self.nonfinite & (self.rhs_norm > self.target)
-        self.singular = torch.zeros_like(self.running)
+        self.singular = self.stuck = torch.zeros_like(self.running)
         self.steps = torch.zeros_like(self.running, dtype=torch.int32)
         self.largest = torch.zeros_like(self.rhs_norm)  # ||A v|| of a unit vector v seen so far
 
@@ -130,6 +137,7 @@ class Outcome:
         status = torch.zeros_like(self.steps)
         if not fixed:
             status = torch.where(missed, Status.MAX_STEPS.value, status)
+        status = torch.where(self.stuck & missed, Status.LINE_SEARCH.value, status)
         status = torch.where(self.singular & missed, Status.SINGULAR.value, status)
         status = torch.where(self.nonfinite, Status.NONFINITE.value, status).to(torch.int8)
         norms = self.scale * self.residual_norm, self.scale * self.rhs_norm

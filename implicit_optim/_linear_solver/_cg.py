@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._batch import none_left, where
-from implicit_optim._linear_solver._base import Iterative
-from implicit_optim._linear_solver._vectors import dot, norm, power_of_two
+from implicit_optim._linear_solver._base import Iterative, scaled
+from implicit_optim._linear_solver._vectors import dot, norm
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
 
@@ -85,11 +85,8 @@ class CG(Iterative):
         """
         eps = torch.finfo(b.dtype).eps
         max_steps, rtol, fixed = self.limits(b)
-        scale = power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
-        b = b / scale.unsqueeze(-1)
-        rhs_norm = residual_norm = norm(b)
-        # Below the rounding of ||b|| the recurrence is noise: a solve cannot be asked for more.
-        target = torch.maximum(max(rtol, eps) * rhs_norm, self.atol / scale)
+        b, scale, rhs_norm, target = scaled(b, rtol, self.atol)
+        residual_norm = rhs_norm
 
         first_order = operator.precondition(b)
         least_share = (0.1 if fixed else 0.0) if self.min_curvature is None else self.min_curvature

@@ -38,7 +38,10 @@ class _Direct(LinearSolver):
         Raises:
             ValueError: n is larger than ``max_n``.
         """
-        matrix = dense(operator, b, self.max_n)
+        return self.on_matrix(dense(operator, b, self.max_n), b)
+
+    def on_matrix(self, matrix: Tensor, b: Tensor) -> Solution:
+        """The same, once the matrix ``[*batch, n, n]`` is formed."""
         x, failed, why = self._factored(matrix, b)
         nonfinite = ~torch.isfinite(matrix.sum((-2, -1))) | ~torch.isfinite(norm(b))
         x = where(nonfinite, float("nan"), x)
@@ -70,8 +73,8 @@ def dense(operator: Linearized, b: Tensor, max_n: int) -> Tensor:
 class Cholesky(_Direct):
     """Dense Cholesky factorisation, for symmetric positive definite matrices of small n.
 
-    It forms A by n products. A task whose A is not positive definite gets the first-order direction's
-    place, NaN, and the status ``NEGATIVE_CURVATURE``: use [`QR`][implicit_optim.QR] there.
+    It forms A by n products. A task whose A is not positive definite gets NaN and the status
+    ``NEGATIVE_CURVATURE``: use [`QR`][implicit_optim.QR] there.
 
     Args:
         max_n: largest n that is accepted.

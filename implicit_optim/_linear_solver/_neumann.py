@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicit_optim._batch import none_left, where
 from implicit_optim._linear_solver._base import Iterative, Outcome
-from implicit_optim._linear_solver._vectors import norm
+from implicit_optim._linear_solver._vectors import dot, norm
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution
 
@@ -25,8 +25,11 @@ class Neumann(Iterative):
     solution computes. It converges like ``(1 - 1/kappa)^k``, where CG does like
     ``(1 - 2/sqrt kappa)^k``: CG is the better choice wherever A is symmetric and definite.
 
-    The step is ``1 / L``, with L estimated by 4 products of the power method; a step that would make the
-    residual grow is not taken, and the next one is half as long. So it cannot diverge.
+    The step is ``1 / L``, with L estimated by 4 products of the power method; where it would not lower
+    the residual, the one that lowers it most takes its place from there on. So it cannot diverge. A task
+    in which no step lowers it, since ``r.A M^-1 r <= 0`` (A is indefinite, or turns r by 90 degrees or
+    more), stops with the status ``LINE_SEARCH`` and the iterate it has, the first-order direction
+    ``M^-1 b`` if there was none.
 
     Args:
         max_steps: steps, one product each. Default: ``min(10 n, 1000)``.
@@ -65,8 +68,9 @@ class Neumann(Iterative):
         """See [`LinearSolver.solve`][implicit_optim.LinearSolver.solve].
 
         Returns:
-            ``stats``: ``steps`` (int32), ``residual_norm = ||b - A x||`` and ``rhs_norm``, in b's
-            units; with a tolerance the true residual, which costs a product, else the recurrence's.
+            ``stats``: ``steps`` (that moved the iterate, int32), ``residual_norm = ||b - A x||`` and
+            ``rhs_norm``, in b's units; with a tolerance the true residual, which costs a product, else
+            the recurrence's.
         """
         max_steps, rtol, fixed = self.limits(b)
         so_far = Outcome(b, rtol, self.atol)
@@ -76,18 +80,22 @@ class Neumann(Iterative):
             if not fixed and k % self.check_every == 0 and none_left(so_far.running):
                 break
             d = operator.precondition(r)
-            tried = torch.addcmul(r, step.unsqueeze(-1), operator.mv(d), value=-1)
-            length = norm(tried)
-            so_far.nonfinite = so_far.nonfinite | (so_far.running & ~torch.isfinite(length))
-            taken = so_far.running & (length <= so_far.residual_norm)
-            x = where(taken, torch.addcmul(x, step.unsqueeze(-1), d), x)
-            r = where(taken, tried, r)
-            so_far.residual_norm = torch.where(taken, length, so_far.residual_norm)
-            step = torch.where(so_far.running & ~taken, step / 2, step)
+            Ad = operator.mv(d)
+            gain, square = (
+                dot(r, Ad),
+                dot(Ad, Ad),
+            )  # ||r - s Ad||^2 = ||r||^2 - 2 s gain + s^2 square
+            so_far.nonfinite = so_far.nonfinite | (so_far.running & ~torch.isfinite(square))
+            so_far.stuck = so_far.stuck | (so_far.running & (gain <= 0))
+            so_far.running = so_far.running & ~so_far.nonfinite & ~so_far.stuck
+            too_long = so_far.running & (step * square >= 2 * gain)
+            step = torch.where(too_long, gain / square, step)
+            s = step.unsqueeze(-1)
+            x = where(so_far.running, torch.addcmul(x, s, d), x)
+            r = where(so_far.running, torch.addcmul(r, s, Ad, value=-1), r)
+            so_far.residual_norm = norm(r)
             so_far.steps = so_far.steps + so_far.running
-            so_far.running = (
-                so_far.running & ~so_far.nonfinite & (so_far.residual_norm > so_far.target)
-            )
+            so_far.running = so_far.running & (so_far.residual_norm > so_far.target)
         return so_far.solution(x, operator, fixed)
 
     def _first_step(self, operator: Linearized, b: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ class Woodbury(LinearSolver):
     passes back and forth and m^2 numbers a task; CG needs at most m + 1 products for the same, so this
     pays where m is small and the solve must be exact.
 
+    A task whose loss is not convex in the outputs has no such S: it is solved with the positive part of
+    H, and has the status ``NEGATIVE_CURVATURE``. One whose inner matrix cannot be factored in its dtype
+    gets NaN and the status ``SINGULAR``.
+
     Args:
         max_m: largest m that is accepted.
 
@@ -80,18 +84,19 @@ class Woodbury(LinearSolver):
         mask = finite[..., None, None]
         H, K = torch.where(mask, (H + H.mT) / 2, 0.0), torch.where(mask, (K + K.mT) / 2, 0.0)
         values, vectors = torch.linalg.eigh(H)
-        # A loss that is not convex in its outputs has no such S.
         concave = values.amin(-1) < -1e3 * torch.finfo(b.dtype).eps * values.abs().amax(-1)
         S = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
         inner = eye + S.mT @ K @ S
-        factor = torch.linalg.cholesky_ex(inner)[0]
+        factor, info = torch.linalg.cholesky_ex(inner)
+        failed = info != 0
         seen = S.mT @ parts.push(easy).unsqueeze(-1)
         along = (S @ torch.cholesky_solve(seen, factor)).squeeze(-1)
         x = easy - operator.precondition(parts.pull(along))
-        bad = ~finite | ~torch.isfinite(norm(x))
-        x = where(bad, float("nan"), x)
+        bad = ~finite | (~failed & ~torch.isfinite(norm(x)))
+        x = where(bad | failed, float("nan"), x)
         status = torch.zeros_like(bad, dtype=torch.int8)
         status = torch.where(concave, Status.NEGATIVE_CURVATURE.value, status)
+        status = torch.where(failed, Status.SINGULAR.value, status)
         status = torch.where(bad, Status.NONFINITE.value, status).to(torch.int8)
         numbers = (norm(b - operator.mv(x)), norm(b))
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
