@@ -1,0 +1,89 @@
+"""Ways to approximate the inverse in the implicit gradient: error against Hessian-vector products.
+
+Quadratics in 50 dimensions, float64; the inner problems are solved until their error is below that of
+the backward pass, by gradient descent with the step 1 / L for truncated back-propagation, accelerated
+for the others. Truncated back-propagation through k steps is
+the Neumann series with k terms; with k = 1 it is one-step differentiation.
+"""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import implicit_optim as iopt
+from benchmarks.measure import RESULTS, save, table
+from benchmarks.paper.quadratics import Quadratics
+
+N, LAM, TASKS = 50, 1.0, 4
+KAPPAS = (10, 100, 1000)  # of the inner objective
+PRODUCTS = (0, 1, 2, 5, 10, 20, 50)
+COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "CG": "#0072B2"}
+
+
+def problem(kappa, tasks=TASKS, seed=0):
+    spectrum = LAM * torch.logspace(0, torch.tensor(kappa).log10().item(), N, dtype=torch.float64)
+    return Quadratics.make(tasks, (spectrum - LAM).clamp(min=0), LAM, seed)
+
+
+def rules(products, smoothness):
+    """Every way that spends so many products; with none each is the first-order direction."""
+    if products == 0:
+        return dict.fromkeys(COLORS, iopt.FirstOrder())
+    neumann = iopt.Neumann(max_steps=products, step=LAM / smoothness)
+    return {
+        "truncated": iopt.Truncated(products),
+        "Neumann": iopt.Implicit(neumann),
+        "CG": iopt.Implicit(iopt.CG(max_steps=products)),
+    }
+
+
+def errors(quadratics, products):
+    """Relative error of the meta-gradient, by name."""
+    kappa = quadratics.bounds[1] / quadratics.bounds[0]
+    descent, fast = quadratics.gd(round(15 * kappa)), quadratics.agd(round(25 * kappa**0.5))
+    every = rules(products, quadratics.bounds[1])
+    return {
+        name: quadratics.error(descent if isinstance(rule, iopt.Truncated) else fast, rule)
+        for name, rule in every.items()
+    }
+
+
+def draw(rows, path):
+    fig, every = plt.subplots(
+        1, len(KAPPAS), figsize=(10, 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, kappa in zip(every[0], KAPPAS, strict=True):
+        own = [row for row in rows if row["kappa"] == kappa]
+        for (name, color), marker in zip(COLORS.items(), "sov", strict=True):
+            style = {"ls": "--"} if name == "Neumann" else {}  # on top of the truncated ones
+            places = [row["products"] for row in own]
+            axes.plot(
+                places, [row[name] for row in own], marker=marker, color=color, label=name, **style
+            )
+        axes.set(title=f"kappa = {kappa}", xlabel="products", yscale="log", ylim=(1e-7, 3))
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(PRODUCTS, [str(k) for k in PRODUCTS])
+        axes.minorticks_off()
+    every[0, 0].set_ylabel("relative error")
+    every[0, 0].legend(loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(folder=RESULTS):
+    torch.set_num_threads(1)  # matrices of 50 x 50
+    rows = []
+    for kappa in KAPPAS:
+        quadratics = problem(kappa)
+        for products in PRODUCTS:
+            rows.append({"kappa": kappa, "products": products} | errors(quadratics, products))
+    saved = save("approximations", rows, folder)
+    picture = folder.parents[1] / "docs" / "pictures" / "approximations.png"
+    draw(rows, picture if folder == RESULTS else folder / "approximations.png")
+    print(
+        table([{k: f"{v:.2g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    )
+    print(f"\nsaved {saved}")

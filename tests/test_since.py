@@ -1,0 +1,123 @@
+"""Methods published since the paper are settings of what is here: docs/since.md, line by line."""
+
+import numpy as np
+import pytest
+import torch
+
+import implicit_optim as iopt
+from benchmarks import approximations
+from benchmarks.paper.quadratics import Quadratics
+
+LAM, K = 2.0, 4
+
+
+@pytest.fixture(scope="module")
+def quadratics():
+    return Quadratics.make(2, torch.linspace(0.5, 6, 5, dtype=torch.float64), LAM, seed=0)
+
+
+def dense(q):
+    """A, phi* and v of every task, in NumPy."""
+    (x, y), (asked, target) = (tuple(t.numpy() for t in pair) for pair in (q.support, q.query))
+    n = x.shape[-1]
+    A = np.swapaxes(x, 1, 2) @ x / n + LAM * np.eye(n)
+    right = np.swapaxes(x, 1, 2) @ y / n + LAM * q.theta.numpy()[:, None]
+    phi = np.linalg.solve(A, right)
+    return A, phi[..., 0], (np.swapaxes(asked, 1, 2) @ (asked @ phi - target) / n)[..., 0]
+
+
+def series(A, v, step, terms):
+    """``step sum_{j < terms} (I - step A)^j v`` of every task."""
+    total = 0 * v
+    for _ in range(terms):
+        total, v = total + step * v, v - step * (A @ v[..., None])[..., 0]
+    return total
+
+
+def same(ours, theirs):
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_one_step_truncated_and_neumann_are_one_series(quadratics):
+    A, _, v = dense(quadratics)
+    step = 1 / quadratics.bounds[1]
+    solved = quadratics.gd(400)
+    for terms in (1, K):
+        expected = LAM * series(A, v, step, terms).mean(0)
+        same(quadratics.meta_gradient(solved, iopt.Truncated(terms)), expected)
+        neumann = iopt.Implicit(iopt.Neumann(max_steps=terms, step=LAM * step))  # in units of 1 / M
+        same(quadratics.meta_gradient(solved, neumann), expected)
+    same(
+        quadratics.meta_gradient(solved, iopt.Truncated(1)), LAM * step * v.mean(0)
+    )  # the table's formula
+
+
+def test_first_order_is_no_product_and_moreau_is_reptile(quadratics):
+    _, phi, v = dense(quadratics)
+    solved = quadratics.gd(400)
+    for rule in (iopt.FirstOrder(), iopt.Implicit(iopt.CG(max_steps=0))):
+        same(quadratics.meta_gradient(solved, rule), v.mean(0))
+    # The envelope's gradient by finite differences of min_phi Lhat + lam / 2 ||phi - theta||^2.
+    x, y = (t.numpy() for t in quadratics.support)
+
+    def envelope(theta):
+        A, b = np.swapaxes(x, 1, 2) @ x / 5, np.swapaxes(x, 1, 2) @ y / 5
+        phi = np.linalg.solve(A + LAM * np.eye(5), b + LAM * theta[:, None])
+        fit = ((x @ phi - y) ** 2).mean((1, 2)) / 2
+        return (fit + LAM / 2 * ((phi[..., 0] - theta) ** 2).sum(1)).mean()
+
+    theta = quadratics.theta.numpy()
+    slope = [(envelope(theta + e) - envelope(theta - e)) / 2e-4 for e in 1e-4 * np.eye(5)]
+    ours = LAM * quadratics.meta_gradient(solved, iopt.Reptile()).numpy()
+    np.testing.assert_allclose(ours, slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [iopt.GMRES(max_steps=0), iopt.Neumann(max_steps=1, step=1.0)], ids=str
+)
+def test_jacobian_free(solver):
+    """``v^T dT/dtheta`` at the fixed point of a contraction, by hand."""
+    rng = torch.Generator().manual_seed(0)
+    W = 0.1 * torch.randn(3, 3, generator=rng, dtype=torch.float64)
+    theta = torch.randn(3, generator=rng, dtype=torch.float64).requires_grad_()
+    v = torch.randn(3, generator=rng, dtype=torch.float64)
+    phi = torch.zeros(3, dtype=torch.float64)
+    for _ in range(100):
+        phi = torch.tanh(W @ phi + theta.detach())
+    T = iopt.FixedPoint(lambda phi, theta: torch.tanh(W @ phi + theta))
+    ours = iopt.attach(phi, T, theta, linear_solver=solver)
+    (slope,) = torch.autograd.grad(ours @ v, theta)
+    same(slope, (v * (1 - phi**2)).numpy())
+
+
+def test_what_an_approximation_is_worth(monkeypatch, tmp_path, capsys):
+    """The benchmark's errors are those of the series and of CG's recurrence, in NumPy."""
+    monkeypatch.setattr(approximations, "KAPPAS", (10,))
+    monkeypatch.setattr(approximations, "PRODUCTS", (0, 1, K))
+    approximations.main(tmp_path / "results")
+    assert (tmp_path / "results" / "approximations.png").stat().st_size > 5_000
+    q = approximations.problem(10)
+    (x, y), (asked, target) = (tuple(t.numpy() for t in pair) for pair in (q.support, q.query))
+    n, lam = approximations.N, approximations.LAM
+    A = np.swapaxes(x, 1, 2) @ x / n + lam * np.eye(n)
+    phi = np.linalg.solve(A, np.swapaxes(x, 1, 2) @ y / n + lam * q.theta.numpy()[:, None])
+    v = (np.swapaxes(asked, 1, 2) @ (asked @ phi - target) / n)[..., 0]
+    exact = np.linalg.solve(A, v[..., None])[..., 0].mean(0) * lam
+
+    def error(solutions):
+        return np.linalg.norm(lam * solutions.mean(0) - exact) / np.linalg.norm(exact)
+
+    def cg(A, b):
+        solution, r, p = 0 * b, b, b
+        for _ in range(K):
+            a = r @ r / (p @ A @ p)
+            solution, new = solution + a * p, r - a * A @ p
+            p, r = new + (new @ new) / (r @ r) * p, new
+        return solution
+
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    found = {int(row[0]): [float(value) for value in row[1:]] for row in rows[2:]}
+    assert found[0] == pytest.approx([error(v / lam)] * 3, rel=0.05)
+    truncated = error(series(A, v, 1 / q.bounds[1], K))
+    best = error(np.stack([cg(*task) for task in zip(A, v, strict=True)]))
+    assert found[K] == pytest.approx([truncated, truncated, best], rel=0.05)  # two printed digits
