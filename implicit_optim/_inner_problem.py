@@ -20,6 +20,7 @@ from implicit_optim._ambient import Ambient
 from implicit_optim._batch import WHOLE, Batching, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
 from implicit_optim._flat import Layout, keystr
+from implicit_optim._module import as_returned, only_tensors
 from implicit_optim._objective import Equations, InnerObjective, Objective
 from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
 
@@ -130,12 +131,14 @@ class InnerProblem:
     def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
         """The structured objective's predictions for every task."""
         predict = self.structured.predict
-        return self._map(lambda p, _, *inputs: predict(p, *inputs), phi, None, self.data[:-1])
+        one = lambda p, _, *inputs: only_tensors(predict(p, *inputs))  # noqa: E731
+        return self._map(one, phi, None, self.data[:-1])
 
     def losses(self, output: Any) -> Float[Tensor, "*batch"]:
         """The structured objective's loss of every task, given its predictions."""
         loss = self.structured.loss
-        return self._vmap(lambda o, _, y: _scalar(loss(o, y)), output, None, self.data[-1:])
+        one = lambda o, _, y: _scalar(loss(as_returned(o), y))  # noqa: E731
+        return self._vmap(one, output, None, self.data[-1:])
 
     def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
         """The structured objective's data term of every task."""

@@ -14,7 +14,7 @@ from implicit_optim._ambient import Ambient, draw_seed
 from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._meta_gradient import Implicit, MetaGradient
-from implicit_optim._module import as_function
+from implicit_optim._module import as_function, as_returned, only_tensors
 from implicit_optim._objective import Objective
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
@@ -193,11 +193,15 @@ class MetaLearner(nn.Module):
             *inputs: the model's inputs, ``[T, N, ...]``.
 
         Returns:
-            Outputs ``[T, N, ...]``.
+            Outputs ``[T, N, ...]``: tensors, or a structure of them as the model returns it.
+
+        Raises:
+            TypeError: the structure is of a class that torch does not know as a tree.
         """
         _count_tasks("phi and inputs", (phi, *inputs))
-        view = predicting(self.model, self.running_stats)
-        return self._over_tasks(as_function(view), phi, inputs, self._seed())
+        model = as_function(predicting(self.model, self.running_stats))
+        one = lambda phi, *inputs: only_tensors(model(phi, *inputs))  # noqa: E731
+        return as_returned(self._over_tasks(one, phi, inputs, self._seed()))
 
     def report(self) -> Report:
         """What happened in the last solves: how many tasks failed and why, how exact the others are.

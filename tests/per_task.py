@@ -57,18 +57,20 @@ def minimiser(F, start):
     raise AssertionError(f"Newton stalled at a gradient of {slope.norm():.1e}")
 
 
-def implicit_maml(inner, outer, theta, lam, tasks):
+def implicit_maml(inner, outer, theta, lam, tasks, starts=None):
     """Query losses and the gradient of their mean: `lam (H + lam I)^-1 grad L` of each task.
 
-    `inner(phi, support)` and `outer(phi, support, query)` are scalar functions of a flat phi.
+    `inner(phi, support)` and `outer(phi, support, query)` are scalar functions of a flat phi. `starts`,
+    one a task, are where Newton's method begins instead of theta: near the end it takes less time.
     """
     losses, gradient = [], torch.zeros_like(theta)
-    for support, query in tasks:
+    starts = [theta] * len(tasks) if starts is None else starts
+    for (support, query), start in zip(tasks, starts, strict=True):
 
         def F(phi, support=support):
             return inner(phi, support) + lam / 2 * ((phi - theta) ** 2).sum()
 
-        phi = minimiser(F, theta).requires_grad_()
+        phi = minimiser(F, start).requires_grad_()
         loss = outer(phi, support, query)
         (v,) = torch.autograd.grad(loss, phi)
         H = torch.autograd.functional.hessian(F, phi.detach())
@@ -77,13 +79,12 @@ def implicit_maml(inner, outer, theta, lam, tasks):
     return torch.stack(losses), gradient
 
 
-def expected(model, loss, lam, support, query):
+def expected(model, loss, lam, support, query, starts=None):
     """[`implicit_maml`][] of a module that does the same for support and query."""
     fit = loss_of(model, loss)
     theta, _ = flat(model)
-    return implicit_maml(
-        fit, lambda phi, _, batch: fit(phi, batch), theta, lam, tasks_of(support, query)
-    )
+    tasks = tasks_of(support, query)
+    return implicit_maml(fit, lambda phi, _, batch: fit(phi, batch), theta, lam, tasks, starts)
 
 
 def learned(meta, support, query):

@@ -25,8 +25,13 @@ def blocks(page):
 
 
 def run(page, namespace):
-    """The blocks of a page one after the other, sharing their names, as a reader would paste them."""
+    """The blocks of a page one after the other, sharing their names, as a reader would paste them.
+
+    One that needs torchvision, which the extra `test` does not have, is the last of its page.
+    """
     for number, block in enumerate(blocks(page)):
+        if "from torchvision" in block:
+            pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)  # noqa: S102
     return namespace
 
