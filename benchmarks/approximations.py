@@ -17,7 +17,7 @@ from benchmarks.measure import RESULTS, save, table
 from benchmarks.paper.quadratics import Quadratics
 
 N, LAM, TASKS = 50, 1.0, 4
-KAPPAS = (10, 100, 1000)  # of the inner objective
+KAPPAS = (10, 100, 300)  # of the inner objective
 PRODUCTS = (0, 1, 2, 5, 10, 20, 50)
 COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "CG": "#0072B2"}
 
@@ -42,7 +42,7 @@ def rules(products, smoothness):
 def errors(quadratics, products):
     """Relative error of the meta-gradient, by name."""
     kappa = quadratics.bounds[1] / quadratics.bounds[0]
-    descent, fast = quadratics.gd(round(15 * kappa)), quadratics.agd(round(25 * kappa**0.5))
+    descent, fast = quadratics.gd(round(12 * kappa)), quadratics.agd(round(25 * kappa**0.5))
     every = rules(products, quadratics.bounds[1])
     return {
         name: quadratics.error(descent if isinstance(rule, iopt.Truncated) else fast, rule)
