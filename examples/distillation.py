@@ -72,7 +72,7 @@ def draw(rows, path):
     fig, axes = plt.subplots(len(rows), 10, figsize=(10, 1.15 * len(rows)), layout="constrained")
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
     gallery.save(fig, path)

@@ -64,8 +64,11 @@ def learn(train, clean, steps):
 def draw(weight, wrong, path):
     fig, axis = gallery.panels(1, figsize=(7, 3.8))
     bins = torch.linspace(0, 1, 21).tolist()
-    axis.hist(weight[~wrong].tolist(), bins, color=gallery.BLUE, alpha=0.7, label="right label")
-    axis.hist(weight[wrong].tolist(), bins, color=gallery.ORANGE, alpha=0.7, label="wrong label")
+    parts, labels = (
+        [weight[~wrong].tolist(), weight[wrong].tolist()],
+        ["right label", "wrong label"],
+    )
+    axis.hist(parts, bins, color=[gallery.BLUE, gallery.ORANGE], label=labels)
     axis.set(xlabel="learned weight", ylabel="training examples")
     axis.legend(frameon=False)
     gallery.save(fig, path)
