@@ -91,7 +91,7 @@ def test_learned_weights_find_wrong_labels(monkeypatch, capsys, tmp_path):
 def test_learned_images_beat_the_class_means(monkeypatch, capsys, tmp_path):
     with example("distillation", DRAWS=2) as module:
         said = run_main(module, monkeypatch, capsys, tmp_path, "--steps", "25").out
-        real, _ = module.digits(torch.Generator().manual_seed(0), 1000)
+        real, _ = module.gallery.digits(torch.Generator().manual_seed(0), 1000)
         images = torch.stack([real[0][real[1] == c].mean(0) for c in range(10)])
         module.SOLVER = tight(module)
         assert_gradient(lambda images: module.loss(module.fit(images), *real), images)
