@@ -1,10 +1,8 @@
 """The examples run and say what they promise."""
 
 import functools
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,47 +10,19 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
-
+from implicit_optim.tasks import ConvNet  # noqa: E402
+from scripts import assert_is_a_picture, example, run_main  # noqa: E402
 
 # ------------------------------------------------------------------------------------- the demo
-
-
-def loaded(name, small):
-    """An example as a module, made small; the threads and the style that it sets are put back."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for constant, value in small.items():
-        assert hasattr(module, constant)
-        setattr(module, constant, value)
-    threads = torch.get_num_threads()
-    with module.plt.rc_context():
-        yield module
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def demo():
     small = {"TASKS": 8, "TEST_WAVES": 40, "TEST_STEPS": 6, "SCRATCH_STEPS": 6}
-    yield from loaded("demo", small)
-
-
-def run_main(module, monkeypatch, capsys, out, *more):
-    monkeypatch.setattr(sys, "argv", ["example.py", "--out", str(out), *more])
-    module.main()
-    return capsys.readouterr()
-
-
-def assert_is_a_picture(path):
-    with Image.open(path) as picture:
-        width, height = picture.size
-        assert width > 1400 and height > 450
-        assert len(picture.convert("RGB").getcolors(10**7)) > 100  # not a blank sheet
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    with example("demo", **small) as module:
+        yield module
 
 
 def table(text):
@@ -90,7 +60,8 @@ def test_demo_is_deterministic_for_a_seed(demo, monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def learned_lam():
-    yield from loaded("learned_lam", {"CURVES": 500})
+    with example("learned_lam", CURVES=500) as module:
+        yield module
 
 
 def test_the_optimal_lam_gives_the_posterior_mean_and_the_bayes_risk(learned_lam):
@@ -158,15 +129,11 @@ def test_learned_lam_is_deterministic_for_a_seed(learned_lam, monkeypatch, capsy
 
 
 def test_omniglot_learns_from_characters_and_judges_by_others(omniglot_zips, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("omniglot", EXAMPLES / "omniglot.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    small = functools.partial(module.ConvNet, filters=8)
-    for name, value in {"ConvNet": small, "WAYS": 2, "QUERIES": 2, "TASKS": 4}.items():
-        monkeypatch.setattr(module, name, value)
+    small = functools.partial(ConvNet, filters=8)
     words = ["--data", omniglot_zips, "--steps", 20, "--test-tasks", 40, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["omniglot.py", *map(str, words)])
-    module.main()
+    with example("omniglot", ConvNet=small, WAYS=2, QUERIES=2, TASKS=4) as module:
+        module.main()
     said = capsys.readouterr()
     found = re.search(r"2-way 1-shot, 40 tasks of unseen characters: (\S+) \+- (\S+) %", said.out)
     mean, half = map(float, found.groups())
