@@ -57,7 +57,7 @@ def test_newton_cg_overtakes_the_descents(monkeypatch, capsys, tmp_path):
     assert_is_a_picture(tmp_path / "newton_cg_inner.png", 900, 350)
 
 
-def test_learned_decays_beat_a_search_and_leave_the_distractor_alone(monkeypatch, capsys, tmp_path):
+def test_learned_decays_beat_a_search(monkeypatch, capsys, tmp_path):
     with example("hyperparameters") as module:
         said = run_main(module, monkeypatch, capsys, tmp_path, "--steps", "7").out
         generator = torch.Generator().manual_seed(0)
