@@ -64,6 +64,7 @@ def draw(rows, path):
             )
         axes.set(title=f"kappa = {kappa}", xlabel="products", yscale="log", ylim=(1e-7, 3))
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(-0.2, 70)
         axes.set_xticks(PRODUCTS, [str(k) for k in PRODUCTS])
         axes.minorticks_off()
     every[0, 0].set_ylabel("relative error")
