@@ -37,6 +37,9 @@ from implicit_optim._operator import (
     Linearized,
     LowRank,
     Operator,
+    Product,
+    Scaled,
+    Sum,
 )
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import inverse_proximal, proximal
@@ -83,6 +86,7 @@ __all__ = [
     "NewtonCG",
     "Objective",
     "Operator",
+    "Product",
     "Proximal",
     "QR",
     "Raise",
@@ -90,12 +94,14 @@ __all__ = [
     "Reptile",
     "Root",
     "RunningStats",
+    "Scaled",
     "Search",
     "Solution",
     "SolveError",
     "SolveWarning",
     "Solver",
     "Status",
+    "Sum",
     "Truncated",
     "Unrolled",
     "Warn",

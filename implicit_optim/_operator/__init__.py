@@ -1,8 +1,9 @@
-"""Linear operators: curvature of an inner problem, Jacobians, explicit matrices, damping."""
+"""Linear operators: curvature of an inner problem, Jacobians, explicit matrices, and their algebra."""
 
+from implicit_optim._operator._algebra import Damped, Product, Scaled, Sum
 from implicit_optim._operator._base import Linearized, LowRank, Operator
 from implicit_optim._operator._curvature import GaussNewton, Hessian
-from implicit_optim._operator._dense import Damped, Dense
+from implicit_optim._operator._dense import Dense
 from implicit_optim._operator._jacobian import Jacobian
 
 __all__ = [
@@ -14,4 +15,7 @@ __all__ = [
     "Linearized",
     "LowRank",
     "Operator",
+    "Product",
+    "Scaled",
+    "Sum",
 ]

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Vector = Float[Tensor, "*batch n"]
 Leaves = list[Any]
+SUGAR: dict[
+    str, Callable[[Operator, Any], Operator]
+] = {}  # filled by _algebra, which sees this file
 
 
 class Operator(abc.ABC):
@@ -24,7 +27,7 @@ class Operator(abc.ABC):
 
     Subclasses that are built from tensors implement [`tensors`][implicit_optim.Operator.tensors] and
     the two ways back, so that [`linear_solve`][implicit_optim.linear_solve] can differentiate and
-    batch through them.
+    batch through them. ``A + 0.5``, ``2 * A``, ``A + B``, ``A - B`` and ``A @ B`` are operators too.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -102,6 +105,24 @@ class Operator(abc.ABC):
         basis = torch.eye(n, dtype=like.dtype, device=like.device)
         columns = [linearized.mv(e.expand(*batch, n).contiguous()) for e in basis]
         return torch.stack(columns, dim=-1) if columns else like.new_zeros(*batch, 0, 0)
+
+    def __add__(self, other: Any) -> Operator:
+        if isinstance(other, (Operator, Tensor, int, float)):
+            return SUGAR["add"](self, other)
+        return NotImplemented
+
+    def __mul__(self, factor: Any) -> Operator:
+        if isinstance(factor, (Tensor, int, float)):
+            return SUGAR["mul"](self, factor)
+        return NotImplemented
+
+    def __matmul__(self, other: Any) -> Operator:
+        return SUGAR["matmul"](self, other) if isinstance(other, Operator) else NotImplemented
+
+    def __sub__(self, other: Any) -> Operator:
+        return self + -1 * other
+
+    __radd__, __rmul__ = __add__, __mul__
 
     def like(self) -> Tensor:
         """A tensor with the dtype and the device of the operator's vectors."""

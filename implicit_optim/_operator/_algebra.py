@@ -1,0 +1,271 @@
+"""Operators made of others: `A + 0.5`, `2 * A`, `A + B`, `A @ B`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_optim._operator._base import SUGAR, Leaves, Linearized, Operator, Vector
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair(Operator):
+    """What operators made of two others share."""
+
+    left: Operator
+    right: Operator
+
+    def __post_init__(self) -> None:
+        if any(leaf is None for leaf in self.tensors()[0]):  # a blank, to be filled by with_tensors
+            return
+        if self.left.shape != self.right.shape:
+            raise ValueError(
+                f"the operators take vectors of different shapes, {self.left.shape} and "
+                f"{self.right.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape ``(*batch, n)``."""
+        return self.left.shape
+
+    def mv(self, x: Vector) -> Vector:
+        """The product ``A x``."""
+        return self._combined(self.left, self.right, x)
+
+    def linearize(self) -> Linearized:
+        """Linearise both."""
+        left, right = self.left.linearize(), self.right.linearize()
+        return Linearized(
+            lambda x: self._combined(left, right, x), self.precondition, symmetric=self.symmetric
+        )
+
+    @staticmethod
+    def _combined(left: Operator | Linearized, right: Operator | Linearized, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def tensors(self) -> tuple[Leaves, Leaves]:
+        """Those of the one, then those of the other."""
+        own, common = zip(self.left.tensors(), self.right.tensors(), strict=True)
+        return [*own[0], *own[1]], [*common[0], *common[1]]
+
+    def _split(self, own: Leaves, common: Leaves) -> tuple[tuple[Leaves, Leaves], ...]:
+        i, j = (len(leaves) for leaves in self.left.tensors())
+        return (own[:i], common[:j]), (own[i:], common[j:])
+
+    def with_tensors(self, own: Leaves, common: Leaves) -> _Pair:
+        """The same form over other tensors."""
+        left, right = self._split(own, common)
+        return replace(
+            self, left=self.left.with_tensors(*left), right=self.right.with_tensors(*right)
+        )
+
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> _Pair:
+        """One more batch dimension in front."""
+        left, right = self._split(own, common)
+        return replace(
+            self,
+            left=self.left.add_batch(*left, shared=shared),
+            right=self.right.add_batch(*right, shared=shared),
+        )
+
+
+class Sum(_Pair):
+    """``A + B`` of two operators; write it so.
+
+    Args:
+        left: A.
+        right: B, for vectors ``[*batch, n]`` of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> A = iopt.Dense(torch.eye(2)) + iopt.Dense(torch.ones(2, 2))
+        >>> A.mv(torch.tensor([1.0, 2.0])).tolist()
+        [4.0, 5.0]
+    """
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether both are."""
+        return self.left.symmetric and self.right.symmetric
+
+    def transpose(self) -> Sum:
+        """``A^T + B^T``."""
+        return Sum(self.left.transpose(), self.right.transpose())
+
+    @staticmethod
+    def _combined(left: Operator | Linearized, right: Operator | Linearized, x: Tensor) -> Tensor:
+        return left.mv(x) + right.mv(x)
+
+    def precondition(self, r: Vector) -> Vector:
+        """That of the one that has an easy part, if it is one of the two."""
+        left, right = self.left.precondition(r), self.right.precondition(r)
+        if left is not r and right is not r:  # the inverse of a sum is no sum of inverses
+            return r
+        return right if left is r else left
+
+
+class Product(_Pair):
+    """``A @ B``: first B, then A; write it so. It counts as not symmetric.
+
+    Args:
+        left: A.
+        right: B, for vectors ``[*batch, n]`` of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> A = iopt.Dense(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), symmetric=False)
+        >>> (A @ (2 * A.transpose())).as_matrix().tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+    """
+
+    @property
+    def symmetric(self) -> bool:
+        """False: where A and B do not commute, it is not."""
+        return False
+
+    def transpose(self) -> Product:
+        """``B^T A^T``."""
+        return Product(self.right.transpose(), self.left.transpose())
+
+    @staticmethod
+    def _combined(left: Operator | Linearized, right: Operator | Linearized, x: Tensor) -> Tensor:
+        return left.mv(right.mv(x))
+
+
+@dataclass(frozen=True, eq=False)
+class _Numbered(Operator):
+    """What operators made of another and a number share; the number is their second field."""
+
+    operator: Operator
+
+    @property
+    def _name(self) -> str:
+        return fields(self)[1].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape ``(*batch, n)``."""
+        return self.operator.shape
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether A is."""
+        return self.operator.symmetric
+
+    def transpose(self) -> Operator:
+        """The same with ``A^T``."""
+        return replace(self, operator=self.operator.transpose())
+
+    def _number(self, x: Tensor) -> Tensor:
+        number = getattr(self, self._name)
+        return torch.as_tensor(number, dtype=x.dtype, device=x.device).unsqueeze(-1)
+
+    def mv(self, x: Vector) -> Vector:
+        """The product with x."""
+        return self._combined(self.operator.mv(x), x)
+
+    def linearize(self) -> Linearized:
+        """Linearise A; the number costs nothing."""
+        inner = self.operator.linearize()
+        return replace(
+            inner,
+            mv=lambda x: self._combined(inner.mv(x), x),
+            precondition=self.precondition,
+            low_rank=None,  # it is that of A alone
+        )
+
+    def _combined(self, Ax: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def tensors(self) -> tuple[Leaves, Leaves]:
+        """A's tensors and the number, expanded over the batch."""
+        own, common = self.operator.tensors()
+        number = getattr(self, self._name)
+        if number is not None:  # in a blank it is
+            like = self.operator.like()
+            number = torch.as_tensor(number, dtype=like.dtype, device=like.device)
+            number = number.expand(self.shape[:-1])
+        return [number, *own], common
+
+    def with_tensors(self, own: Leaves, common: Leaves) -> Operator:
+        """The same form over other tensors."""
+        operator = self.operator.with_tensors(own[1:], common)
+        return replace(self, operator=operator, **{self._name: own[0]})
+
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Operator:
+        """One more batch dimension in front."""
+        operator = self.operator.add_batch(own[1:], common, shared=shared)
+        return replace(self, operator=operator, **{self._name: own[0]})
+
+
+@dataclass(frozen=True, eq=False)
+class Damped(_Numbered):
+    """``A + c I``, with ``r / c`` as the first-order direction; ``A + c`` is short for it.
+
+    Args:
+        operator: A.
+        damping: c, a number or tensor, a scalar ``[]`` or one per task ``[*batch]``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> iopt.Damped(iopt.Dense(torch.eye(2)), 0.5).mv(torch.ones(2)).tolist()
+        [1.5, 1.5]
+    """
+
+    damping: Any
+
+    def _combined(self, Ax: Tensor, x: Tensor) -> Tensor:
+        return Ax + self._number(x) * x
+
+    def precondition(self, r: Vector) -> Vector:
+        """``r / c`` for a bare matrix (r where c is 0), else what A does."""
+        inner = self.operator.precondition(r)
+        if inner is not r:
+            return inner
+        damping = self._number(r)
+        return r / torch.where(damping == 0, 1.0, damping)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(_Numbered):
+    """``c A``; ``c * A`` is short for it.
+
+    Args:
+        operator: A.
+        factor: c, a number or tensor, a scalar ``[]`` or one per task ``[*batch]``.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> (3 * iopt.Dense(torch.eye(2))).mv(torch.ones(2)).tolist()
+        [3.0, 3.0]
+    """
+
+    factor: Any
+
+    def _combined(self, Ax: Tensor, x: Tensor) -> Tensor:
+        return self._number(x) * Ax
+
+    def precondition(self, r: Vector) -> Vector:
+        """A's over c (A's where c is 0)."""
+        inner = self.operator.precondition(r)
+        if inner is r:
+            return r
+        number = self._number(r)
+        return inner / torch.where(number == 0, 1.0, number)
+
+
+SUGAR.update(
+    add=lambda A, B: Sum(A, B) if isinstance(B, Operator) else Damped(A, B),
+    mul=Scaled,
+    matmul=Product,
+)

@@ -1,0 +1,139 @@
+"""`A + B`, `A - B`, `A + c`, `c * A`, `A @ B`: held to the same in dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import implicit_optim as iopt
+from implicit_optim import Dense, linear_solve
+
+SEEDS = st.integers(0, 10**6)
+# Operators of two operators and a number per task, and the same of matrices.
+FORMS = {
+    "sum": (lambda A, B, c: A + B, lambda A, B, c, eye: A + B),
+    "difference": (lambda A, B, c: A - B, lambda A, B, c, eye: A - B),
+    "damped": (lambda A, B, c: A + c, lambda A, B, c, eye: A + c * eye),
+    "damped, the number first": (lambda A, B, c: c + A, lambda A, B, c, eye: A + c * eye),
+    "less": (lambda A, B, c: A - 0.1 * c, lambda A, B, c, eye: A - 0.1 * c * eye),
+    "scaled": (lambda A, B, c: c * A, lambda A, B, c, eye: c * A),
+    "product": (lambda A, B, c: A @ B, lambda A, B, c, eye: A @ B),
+    "all": (lambda A, B, c: (A + 2 * B) @ A + c, lambda A, B, c, eye: (A + 2 * B) @ A + c * eye),
+}
+
+
+def matrices(seed, n, batch, symmetric=False):
+    rng = np.random.default_rng(seed)
+    A, B = 0.2 * rng.standard_normal((2, *batch, n, n))
+    A, B = 3 * np.eye(n) + A, np.eye(n) + B
+    if symmetric:
+        A, B = (A + np.swapaxes(A, -1, -2)) / 2, (B + np.swapaxes(B, -1, -2)) / 2
+    c, b = rng.uniform(0.5, 2, batch), rng.standard_normal((*batch, n))
+    return tuple(torch.from_numpy(np.asarray(t)) for t in (A, B, c, b))
+
+
+def both(name, A, B, c, symmetric=False):
+    """The operator and the matrix."""
+    of_operators, of_matrices = FORMS[name]
+    eye = torch.eye(A.shape[-1], dtype=A.dtype)
+    operator = of_operators(Dense(A, symmetric=symmetric), Dense(B, symmetric=symmetric), c)
+    return operator, of_matrices(A, B, c[..., None, None], eye)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(SEEDS, st.integers(1, 6), st.sampled_from([(), (3,), (2, 2)]))
+def test_products_are_those_of_the_matrix(name, seed, n, batch):
+    A, B, c, b = matrices(seed, n, batch)
+    operator, matrix = both(name, A, B, c)
+    assert operator.shape == tuple(b.shape)
+    for ours, dense in ((operator, matrix), (operator.transpose(), matrix.mT)):
+        torch.testing.assert_close(ours.mv(b), (dense @ b[..., None])[..., 0])
+        torch.testing.assert_close(ours.linearize().mv(b), (dense @ b[..., None])[..., 0])
+        torch.testing.assert_close(ours.as_matrix(), dense)
+    # Not symmetric because neither is; a product never says that it is.
+    assert not operator.symmetric
+    symmetric = both(name, *matrices(seed, n, batch, symmetric=True)[:3], symmetric=True)[0]
+    assert symmetric.symmetric == (name not in ("product", "all"))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(SEEDS, st.integers(1, 5), st.sampled_from([(), (3,)]))
+def test_solves_and_their_gradients_are_those_of_the_matrix(name, seed, n, batch):
+    A, B, c, b = (t.requires_grad_() for t in matrices(seed, n, batch))
+    operator, matrix = both(name, A, B, c)
+    ours = linear_solve(operator, b, iopt.GMRES(rtol=1e-12)).value
+    theirs = torch.linalg.solve(matrix, b[..., None])[..., 0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    weights = torch.linspace(1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    for mine, dense in zip(
+        torch.autograd.grad((ours * weights).sum(), [A, B, c, b], materialize_grads=True),
+        torch.autograd.grad((theirs * weights).sum(), [A, B, c, b], materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, dense, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_vmap_is_a_loop(name):
+    A, B, c, b = matrices(0, 3, (4,))
+
+    def solve(A, B, c, b):
+        return linear_solve(both(name, A, B, c)[0], b, iopt.GMRES(rtol=1e-12)).value
+
+    together = torch.func.vmap(solve)(A, B, c, b)
+    apart = torch.stack([solve(*task) for task in zip(A, B, c, b, strict=True)])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
+    own = torch.func.vmap(lambda A: solve(A, B[0], c[0], b[0]))(A)  # one of the two has a batch
+    apart = torch.stack([solve(a, B[0], c[0], b[0]) for a in A])
+    torch.testing.assert_close(own, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_curvatures_of_two_problems():
+    """The Hessian of a sum is the sum of the Hessians; a known proximal term stays known."""
+
+    def fit(phi, theta, x, y):
+        return torch.nn.functional.mse_loss((x @ phi).tanh(), y) + theta * phi @ phi / 2
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    phi, theta = torch.randn(3, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64)
+    one, two = (
+        iopt.Hessian(iopt.InnerProblem.bind(fit, phi, theta, *data), phi)
+        for data in zip(x, y, strict=True)
+    )
+    total = torch.func.hessian(lambda p: fit(p, theta, x[0], y[0]) + 3 * fit(p, theta, x[1], y[1]))
+    torch.testing.assert_close((one + 3 * two).as_matrix(), total(phi))
+    lam = torch.tensor(4.0, dtype=torch.float64)
+    predict = lambda p, x: x @ p  # noqa: E731
+    known = iopt.Objective(predict, torch.nn.functional.mse_loss, iopt.proximal)
+    problem = iopt.InnerProblem.bind(known, phi, (phi, lam), x[0], y[0])
+    A = iopt.GaussNewton(problem, phi)
+    r = torch.ones(3, dtype=torch.float64)
+    for operator, expected in (
+        (A, r / 4),
+        (2 * A, r / 8),
+        (A + one, r / 4),
+        (one + A, r / 4),
+        (A + A, r),
+        (A @ A, r),
+        (A + 2.0, r / 4),
+        (one + 2.0, r / 2),
+    ):
+        torch.testing.assert_close(operator.precondition(r), expected)
+        torch.testing.assert_close(operator.linearize().precondition(r), expected)
+    with pytest.raises(TypeError, match="Woodbury needs"):  # whose formula is that of A alone
+        linear_solve(2 * A, r, iopt.Woodbury())
+
+
+def test_what_does_not_fit():
+    two, three = Dense(torch.eye(2)), Dense(torch.eye(3))
+    for make in (lambda: two + three, lambda: two @ three):
+        with pytest.raises(ValueError, match=r"different shapes, \(2,\) and \(3,\)"):
+            make()
+    for make in (lambda: two + "a", lambda: two * two, lambda: two @ 2.0, lambda: None * two):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            make()
+    A = Dense(torch.eye(2))
+    with pytest.raises(TypeError, match="needs a symmetric operator, Product is none"):
+        linear_solve(A @ A, torch.ones(2))
