@@ -35,9 +35,8 @@ def load(folder):
     """The runs in a folder: longest last, else by method."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("omniglot-*.json"))]
     order = list(METHODS)
-    return sorted(
-        runs, key=lambda r: (r["settings"]["steps"], order.index(r["settings"]["method"]))
-    )
+    key = lambda s: (s["steps"], order.index(s["method"]), s["lam"])  # noqa: E731
+    return sorted(runs, key=lambda run: key(run["settings"]))
 
 
 def row(run):
@@ -58,7 +57,7 @@ def row(run):
 
 
 def draw(runs, path):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     fewest = min(run["settings"]["steps"] for run in runs)
     for run in runs:
         s = run["settings"]
@@ -69,13 +68,14 @@ def draw(runs, path):
             label += ", Gauss-Newton"
         style = {"color": COLORS[s["method"]], "marker": "o", "ms": 3, "capsize": 2}
         style["ls"] = "-" if s["lam"] < 2 and s["curvature"] == "hessian" else "--"
+        label += "" if equal else f", {s['steps']} steps"
         (left if equal else right).errorbar(steps, values, halves, label=label, **style)
     left.set(title=f"{fewest} meta-steps", xlabel="meta-steps")
     right.set(title="longer", xlabel="meta-steps")
     left.set_ylabel("accuracy, unseen characters [%]")
     for axes in (left, right):
         if axes.has_data():
-            axes.legend(fontsize=8, loc="lower right")
+            axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
     plt.close(fig)
