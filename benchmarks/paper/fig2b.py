@@ -56,7 +56,7 @@ def seconds(work, steps, rounds):
 
 def peaks(work, steps):
     """MiB above the inputs."""
-    contenders(work, 1)["MAML"]()  # what is made once for all calls
+    contenders(work, 1)["iMAML"]()  # what the first solve of a process allocates once, 31 MiB
     found = {}
     for name, run in contenders(work, steps).items():
         work.model.zero_grad()
