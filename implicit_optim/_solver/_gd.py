@@ -14,7 +14,9 @@ from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
 
 def gd_update(phi: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
     """``phi - lr grad``."""
-    return phi - lr * grad if isinstance(lr, Tensor) else torch.sub(phi, grad, alpha=lr)
+    if not isinstance(lr, Tensor):
+        return torch.sub(phi, grad, alpha=lr)
+    return (phi - lr * grad).to(phi.dtype)  # a 0-d phi would take the dtype of a wider lr
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -277,6 +277,24 @@ def test_dtype_stays(cls, dtype):
     assert len(tensors) == (4 if cls is NesterovAGD else 0)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("cls", [GD, NesterovAGD])
+def test_a_wider_tensor_lr_leaves_a_number_its_dtype(cls, foreach):
+    """Two 0-d tensors promote: a float32 number met a float64 learning rate."""
+    x, y = torch.tensor(1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    momentum = {"momentum": 0.9} if cls is NesterovAGD else {}
+    opt = cls([x], lr=torch.tensor(0.1, dtype=torch.float64), foreach=foreach, **momentum)
+    sgd = torch.optim.SGD([y], lr=0.1, nesterov=bool(momentum), **momentum)
+    for _ in range(3):
+        for one, z in ((opt, x), (sgd, y)):
+            one.zero_grad()
+            (z**2 / 2).backward()
+            one.step()
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, y)
+    assert all(v.dtype == torch.float32 for v in opt.state[x].values())
+
+
 @each
 def test_shapes_and_gradients_of_every_kind(cls):
     def leaf(*shape, grad=True):
