@@ -14,7 +14,8 @@ PIP     = $(PY) -m pip --disable-pip-version-check install --quiet
 STAMPS  = $(VENV)/.examples $(VENV)/.docs $(VENV)/.test $(VENV)/.dev
 # The lower bound of torch in pyproject.toml, as pip's exact version.
 OLDEST  = $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/torch==\1/p' pyproject.toml)
-PYTEST  = -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
+# Files in the order of their names: ordered by their number of tests, the few long ones would come last.
+PYTEST  = -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
