@@ -126,6 +126,20 @@ def test_curvatures_of_two_problems():
         linear_solve(2 * A, r, iopt.Woodbury())
 
 
+@pytest.mark.parametrize("solver", [iopt.CG(rtol=1e-9), iopt.Neumann(rtol=1e-9)], ids=repr)
+def test_what_is_taken_away_does_not_turn_the_first_order_direction_round(solver):
+    """M^-1 must be positive definite, also where M is subtracted and the rest outweighs it."""
+    b = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    four = Dense(4 * torch.eye(2, dtype=torch.float64))
+    easy = iopt.Damped(Dense(torch.zeros(2, 2, dtype=torch.float64)), 2.0)
+    for operator, scale in ((four - 1.0, 3.0), (four - easy, 2.0), (four + -0.5 * easy, 3.0)):
+        (start,) = linear_solve(operator, b, iopt.CG(max_steps=0)).value @ b[:, None]
+        assert start > 0
+        x, status, _ = linear_solve(operator, b, solver)
+        assert status == iopt.Status.SUCCESS
+        torch.testing.assert_close(x, b / scale)
+
+
 def test_what_does_not_fit():
     two, three = Dense(torch.eye(2)), Dense(torch.eye(3))
     for make in (lambda: two + three, lambda: two @ three):

@@ -187,6 +187,11 @@ class _Numbered(Operator):
     def _combined(self, Ax: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _divided(self, r: Tensor) -> Tensor:
+        """``r / c``, r where c <= 0: what preconditions must be positive definite."""
+        number = self._number(r)
+        return r / torch.where(number > 0, number, 1.0)
+
     def tensors(self) -> tuple[Leaves, Leaves]:
         """A's tensors and the number, expanded over the batch."""
         own, common = self.operator.tensors()
@@ -228,12 +233,9 @@ class Damped(_Numbered):
         return Ax + self._number(x) * x
 
     def precondition(self, r: Vector) -> Vector:
-        """``r / c`` for a bare matrix (r where c is 0), else what A does."""
+        """``r / c`` for a bare matrix (r where c <= 0), else what A does."""
         inner = self.operator.precondition(r)
-        if inner is not r:
-            return inner
-        damping = self._number(r)
-        return r / torch.where(damping == 0, 1.0, damping)
+        return self._divided(r) if inner is r else inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,12 +258,9 @@ class Scaled(_Numbered):
         return self._number(x) * Ax
 
     def precondition(self, r: Vector) -> Vector:
-        """A's over c (A's where c is 0)."""
+        """A's over c (A's where c <= 0)."""
         inner = self.operator.precondition(r)
-        if inner is r:
-            return r
-        number = self._number(r)
-        return inner / torch.where(number == 0, 1.0, number)
+        return r if inner is r else self._divided(inner)
 
 
 SUGAR.update(

@@ -17,9 +17,8 @@ from torch import Tensor
 
 Vector = Float[Tensor, "*batch n"]
 Leaves = list[Any]
-SUGAR: dict[
-    str, Callable[[Operator, Any], Operator]
-] = {}  # filled by _algebra, which sees this file
+# What `A + B`, `A * c` and `A @ B` make: filled by _algebra, which imports this file.
+SUGAR: dict[str, Callable[[Operator, Any], Operator]] = {}
 
 
 class Operator(abc.ABC):
