@@ -2,8 +2,8 @@
 
 Quadratics in 50 dimensions, float64; the inner problems are solved until their error is below that of
 the backward pass, by gradient descent with the step 1 / L for truncated back-propagation, accelerated
-for the others. Truncated back-propagation through k steps is
-the Neumann series with k terms; with k = 1 it is one-step differentiation.
+for the others. Truncated back-propagation through k steps is the Neumann series with k terms; with
+k = 1 it is one-step differentiation.
 """
 
 import matplotlib
@@ -22,9 +22,8 @@ PRODUCTS = (0, 1, 2, 5, 10, 20, 50)
 COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "CG": "#0072B2"}
 
 
-def problem(kappa, tasks=TASKS, seed=0):
-    spectrum = LAM * torch.logspace(0, torch.tensor(kappa).log10().item(), N, dtype=torch.float64)
-    return Quadratics.make(tasks, (spectrum - LAM).clamp(min=0), LAM, seed)
+def problem(kappa):
+    return Quadratics.conditioned(TASKS, N, kappa, LAM)
 
 
 def rules(products, smoothness):

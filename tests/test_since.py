@@ -7,6 +7,7 @@ import torch
 import implicit_optim as iopt
 from benchmarks import approximations
 from benchmarks.paper.quadratics import Quadratics
+from test_docs import DOCS, run
 
 LAM, K = 2.0, 4
 
@@ -20,8 +21,8 @@ def dense(q):
     """A, phi* and v of every task, in NumPy."""
     (x, y), (asked, target) = (tuple(t.numpy() for t in pair) for pair in (q.support, q.query))
     n = x.shape[-1]
-    A = np.swapaxes(x, 1, 2) @ x / n + LAM * np.eye(n)
-    right = np.swapaxes(x, 1, 2) @ y / n + LAM * q.theta.numpy()[:, None]
+    A = np.swapaxes(x, 1, 2) @ x / n + q.lam * np.eye(n)
+    right = np.swapaxes(x, 1, 2) @ y / n + q.lam * q.theta.numpy()[:, None]
     phi = np.linalg.solve(A, right)
     return A, phi[..., 0], (np.swapaxes(asked, 1, 2) @ (asked @ phi - target) / n)[..., 0]
 
@@ -90,6 +91,23 @@ def test_jacobian_free(solver):
     same(slope, (v * (1 - phi**2)).numpy())
 
 
+def test_hoag_and_soba_come_to_the_weight_decay_of_dense_algebra():
+    """The blocks of the page; the same gradient descent with autograd through a dense solve."""
+    names = run(DOCS / "since.md", {})
+    x, y, asked, target = (names[key] for key in ("x", "y", "asked", "target"))
+    descent, theta = [], torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for _ in range(200):
+        A = x.T @ x / 40 + theta.exp() * torch.eye(30, dtype=torch.float64)
+        fitted = torch.linalg.solve(A, x.T @ y / 40)
+        (slope,) = torch.autograd.grad((asked @ fitted - target).square().mean(), theta)
+        theta = (theta - 0.1 * slope).detach().requires_grad_()
+        descent.append(theta.item())
+    assert names["tight"] == pytest.approx(descent[19], abs=1e-6)
+    assert names["loose"] == pytest.approx(descent[19], abs=1e-6)
+    assert 0 < names["fewer"] < 0.7 * names["many"]
+    assert names["theta"].item() == pytest.approx(descent[-1], abs=5e-3)
+
+
 def test_what_an_approximation_is_worth(monkeypatch, tmp_path, capsys):
     """The benchmark's errors are those of the series and of CG's recurrence, in NumPy."""
     monkeypatch.setattr(approximations, "KAPPAS", (10,))
@@ -97,11 +115,8 @@ def test_what_an_approximation_is_worth(monkeypatch, tmp_path, capsys):
     approximations.main(tmp_path / "results")
     assert (tmp_path / "results" / "approximations.png").stat().st_size > 5_000
     q = approximations.problem(10)
-    (x, y), (asked, target) = (tuple(t.numpy() for t in pair) for pair in (q.support, q.query))
-    n, lam = approximations.N, approximations.LAM
-    A = np.swapaxes(x, 1, 2) @ x / n + lam * np.eye(n)
-    phi = np.linalg.solve(A, np.swapaxes(x, 1, 2) @ y / n + lam * q.theta.numpy()[:, None])
-    v = (np.swapaxes(asked, 1, 2) @ (asked @ phi - target) / n)[..., 0]
+    A, _, v = dense(q)
+    lam = q.lam
     exact = np.linalg.solve(A, v[..., None])[..., 0].mean(0) * lam
 
     def error(solutions):

@@ -114,7 +114,7 @@ def accuracy(model, s, images, tasks, seed, bar=None):
     The inner problem and its solver are those of the training. A task whose predictions are not finite
     is wrong from end to end, and is warned of.
     """
-    meta, hits, lost = learner(model, s), [], 0
+    meta, hits, whole = learner(model, s), [], []
     shape = {"ways": s.way, "shots": s.shot, "queries": TEST_QUERIES}
     size = min(20, tasks)
     for support, (x, y) in Episodes(
@@ -123,10 +123,11 @@ def accuracy(model, s, images, tasks, seed, bar=None):
         with torch.no_grad():
             logits = meta.predict(meta.adapt(support), x)
         finite = logits.isfinite().all(-1)
-        lost += (~finite.all(-1)).sum().item()
+        whole.append(finite.all(-1))
         hits.append(((logits.argmax(-1) == y) & finite).float().mean(-1))
         if bar is not None:
             bar.update(size)
+    lost = (~torch.cat(whole)[:tasks]).sum().item()
     if lost:
         warnings.warn(
             f"{lost} tasks have predictions that are not finite, counted as wrong: the inner solver "

@@ -4,6 +4,7 @@
 inputs and the same line.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,12 @@ class Quadratics:
         asked, lines = normal(tasks, n, n), normal(tasks, n, 1)
         bounds = lam + spectrum[0].item(), lam + spectrum[-1].item()
         return cls((x, x @ lines), (asked, asked @ lines), normal(n), lam, bounds)
+
+    @classmethod
+    def conditioned(cls, tasks, n, kappa, lam, seed=0):
+        """Tasks whose inner objective has the eigenvalues lam ... lam kappa, evenly on a log scale."""
+        spectrum = lam * torch.logspace(0, math.log10(kappa), n, dtype=torch.float64) - lam
+        return cls.make(tasks, spectrum.clamp(min=0), lam, seed)
 
     def task(self, i):
         """One task alone."""

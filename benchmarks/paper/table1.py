@@ -35,8 +35,7 @@ COLORS = ("#7F7F7F", "#E69F00", "#D55E00", "#0072B2")
 
 
 def problem(kappa, seed=0):
-    spectrum = LAM * torch.logspace(0, np.log10(kappa), N, dtype=torch.float64) - LAM
-    return Quadratics.make(TASKS, spectrum.clamp(min=0), LAM, seed)
+    return Quadratics.conditioned(TASKS, N, kappa, LAM, seed)
 
 
 def least(good, guess):
