@@ -31,6 +31,7 @@ from implicit_optim._objective import FixedPoint, Objective, Root
 from implicit_optim._operator import (
     Damped,
     Dense,
+    EmpiricalFisher,
     GaussNewton,
     Hessian,
     Jacobian,
@@ -38,6 +39,7 @@ from implicit_optim._operator import (
     LowRank,
     Operator,
     Product,
+    SafeguardedHessian,
     Scaled,
     Sum,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "Cholesky",
     "Damped",
     "Dense",
+    "EmpiricalFisher",
     "Evaluation",
     "FirstOrder",
     "FixedPoint",
@@ -94,6 +97,7 @@ __all__ = [
     "Reptile",
     "Root",
     "RunningStats",
+    "SafeguardedHessian",
     "Scaled",
     "Search",
     "Solution",

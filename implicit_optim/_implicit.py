@@ -25,10 +25,16 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, GMRES, LinearSolver
 from implicit_optim._objective import Equations, InnerObjective, Objective
-from implicit_optim._operator import GaussNewton, Hessian, Jacobian, Operator
+from implicit_optim._operator import (
+    GaussNewton,
+    Hessian,
+    Jacobian,
+    Operator,
+    SafeguardedHessian,
+)
 from implicit_optim._solution import OnSolve
 
-Curvature = type[Hessian] | type[GaussNewton]
+Curvature = Callable[[InnerProblem, Tensor], Operator]
 Tree = TypeVar("Tree")  # a tensor or a pytree of tensors
 
 
@@ -64,8 +70,11 @@ def attach(
         *data: pytrees of tensors ``[*batch, ...]``.
         linear_solver: solves with the curvature. Default: ``CG()``, for equations ``GMRES()``; relative
             residual 1e-6.
-        curvature: [`Hessian`][implicit_optim.Hessian] (exact) or
-            [`GaussNewton`][implicit_optim.GaussNewton] (positive definite, biased).
+        curvature: [`Hessian`][implicit_optim.Hessian] (exact),
+            [`GaussNewton`][implicit_optim.GaussNewton] (positive definite, biased), or
+            [`SafeguardedHessian`][implicit_optim.SafeguardedHessian], the second for the tasks in which
+            the first is not positive definite; or a function that returns an operator, such as
+            ``lambda problem, phi: Hessian(problem, phi) + 0.1``.
         batch_ndim: how many leading dimensions of phi and data count tasks.
         seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed,
             the one that ``minimize`` was given. Default: drawing is an error.
@@ -77,8 +86,8 @@ def attach(
         A pytree like ``phi``.
 
     Raises:
-        TypeError: ``curvature=GaussNewton`` with an objective without structure or with equations, or a
-            solver for symmetric matrices with equations.
+        TypeError: a curvature that needs Gauss-Newton with an objective without structure or with
+            equations, or a solver for symmetric matrices with equations.
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the objective draws random numbers and there is no seed.
 
@@ -113,8 +122,8 @@ def attach_flat(
     on_solve: OnSolve | None,
 ) -> Tensor:
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
-    matrix: Callable[[InnerProblem, Tensor], Operator] = curvature
-    if curvature is GaussNewton:
+    matrix = curvature
+    if curvature in (GaussNewton, SafeguardedHessian):
         problem.structured  # noqa: B018  raises where the structure is missing
     if isinstance(problem.objective, Equations):
         matrix = Jacobian
@@ -145,7 +154,7 @@ class Rule:
 
     problem: InnerProblem
     linear_solver: LinearSolver
-    curvature: Callable[[InnerProblem, Tensor], Operator]
+    curvature: Curvature
     on_solve: OnSolve | None
     count: int
 
@@ -158,6 +167,8 @@ class Rule:
     ) -> Tensor:
         """``A^-1 v``, or ``A^-T v``, with the curvature at phi."""
         operator = self.curvature(self.bind(tensors), phi)
+        if not isinstance(operator, Operator):
+            raise TypeError(f"curvature must return an Operator, got {operator!r}")
         operator = operator.transpose() if transposed else operator
         return linear_solve(operator, v, self.linear_solver, on_solve=self.on_solve).value
 

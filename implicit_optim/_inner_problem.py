@@ -201,7 +201,7 @@ class InnerProblem:
         """
         if not isinstance(self.objective, Objective):
             raise TypeError(
-                "curvature=GaussNewton needs the structure of the objective: pass "
+                "GaussNewton needs the structure of the objective: pass "
                 "Objective(predict, loss, proximal), or use curvature=Hessian with a plain function"
             )
         return self.objective

@@ -20,7 +20,7 @@ from implicit_optim._autograd import (
     saved,
     split_grads,
 )
-from implicit_optim._linear_solver import CG, LinearSolver
+from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
 from implicit_optim._solution import OnSolve, Solution, joined
 
@@ -98,6 +98,10 @@ def linear_solve(
     )
     names = (*linear_solver.stats_names, "stationarity")
     solution = Solution(x, status, dict(zip(names, numbers, strict=True)))
+    other = operator.fallback()
+    if other is not None:
+        # Two solves and a choice between them: so the derivatives are those of what was solved.
+        solution = safeguarded(solution, lambda: linear_solve(other, b, linear_solver))
     if on_solve is not None:
         on_solve("linear_solve", solution)
     return solution

@@ -86,8 +86,11 @@ class Implicit(MetaGradient):
 
     Args:
         linear_solver: solves with the curvature. Default: 5 CG steps, as in the paper.
-        curvature: [`Hessian`][implicit_optim.Hessian] (exact, indefinite on many networks) or
-            [`GaussNewton`][implicit_optim.GaussNewton] (positive definite for every lam > 0, biased).
+        curvature: [`Hessian`][implicit_optim.Hessian] (exact, indefinite on many networks),
+            [`GaussNewton`][implicit_optim.GaussNewton] (positive definite for every lam > 0, biased), or
+            [`SafeguardedHessian`][implicit_optim.SafeguardedHessian]: the second for the tasks in which
+            the first is not positive definite; or a function that returns an operator, see
+            [`attach`][implicit_optim.attach].
 
     Examples:
         >>> import implicit_optim as iopt

@@ -134,7 +134,8 @@ class Report:
         Returns:
             ``success`` and the other statuses are shares; ``steps``; ``reduction = ||grad|| /
             ||grad at the start||``; ``residual = ||r|| / ||b||``; ``stationarity = ||grad G(phi)||``;
-            ``smallest`` and ``largest`` Ritz value (extremes over the tasks) and ``condition``.
+            ``smallest`` and ``largest`` Ritz value (extremes over the tasks) and ``condition``;
+            ``fallback``, the share of tasks that took the second matrix of a safeguarded one.
         """
         result = {}
         for name, solution in self.solves.items():
@@ -180,6 +181,9 @@ class Report:
                     f"{'':<14} eigenvalues from {get('smallest'):.3g} to {get('largest'):.3g}, "
                     f"condition number {get('condition'):.3g}"
                 )
+            if get("fallback") > 0:
+                share = f"{100 * get('fallback'):.0f} %"
+                lines.append(f"{'':<14} {share} of the tasks indefinite, solved with the fallback")
         return "\n".join([*lines, self.advice()]) if lines else "No solve so far."
 
 
@@ -216,6 +220,8 @@ def _numbers(solution: Solution) -> dict[str, float]:
         result["residual"] = _median(stats["residual_norm"] / stats["rhs_norm"])
     if "stationarity" in stats:
         result["stationarity"] = _median(stats["stationarity"])
+    if "fallback" in stats:
+        result["fallback"] = float(stats["fallback"].double().mean())
     if "lanczos" in stats:
         smallest, largest = solution.ritz_values()  # NaN for a task that took no step
         result["smallest"] = float(smallest.double().nanquantile(0.0))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from implicit_optim import (
     CG,
     Damped,
     Dense,
+    EmpiricalFisher,
     GaussNewton,
     Hessian,
     InnerProblem,
@@ -247,10 +249,65 @@ def test_gauss_newton_of_a_pytree_of_outputs():
 
 def test_gauss_newton_wants_structure():
     problem = quadratic().bind()
-    with pytest.raises(
-        TypeError, match="curvature=GaussNewton needs the structure of the objective"
-    ):
+    with pytest.raises(TypeError, match="GaussNewton needs the structure of the objective"):
         GaussNewton(problem, quadratic().init).linearize()
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_empirical_fisher_is_the_mean_of_squared_gradients(batch):
+    """Against a loop over the examples, each one's gradient by autograd."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*batch, 5, 3, generator=generator, dtype=F64)
+    y = torch.randint(0, 4, (*batch, 5), generator=generator)
+    phi = torch.randn(*batch, 12, generator=generator, dtype=F64)
+    theta = (torch.zeros(12, dtype=F64), torch.tensor(0.5, dtype=F64))
+
+    def predict(phi, x):
+        return torch.tanh(x @ phi.reshape(3, 4))
+
+    fit = Objective(predict, F.cross_entropy, proximal)
+    problem = InnerProblem.bind(fit, phi, theta, x, y, batch_ndim=len(batch))
+    matrices = EmpiricalFisher(problem, phi).as_matrix().reshape(-1, 12, 12)
+    tasks = zip(phi.reshape(-1, 12), x.reshape(-1, 5, 3), y.reshape(-1, 5), strict=True)
+    for matrix, (p, inputs, labels) in zip(matrices, tasks, strict=True):
+        p = p.clone().requires_grad_()
+        expected = 0.5 * torch.eye(12, dtype=F64)
+        for one, label in zip(inputs, labels, strict=True):
+            loss = F.cross_entropy(predict(p, one[None]), label[None])
+            (g,) = torch.autograd.grad(loss, p)
+            expected += torch.outer(g, g) / 5
+        assert_close(matrix, expected)
+
+
+def test_empirical_fisher_differentiates_like_the_dense_one():
+    """The solve's derivative in the targets, against autograd through dense algebra."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, phi, b = (
+        torch.randn(s, generator=generator, dtype=F64) for s in [(5, 3), (5,), (3,), (3,)]
+    )
+    theta = (torch.zeros(3, dtype=F64), torch.tensor(0.5, dtype=F64))
+    fit = Objective(lambda phi, x: torch.tanh(x @ phi), F.mse_loss, proximal)
+
+    def ours(y):
+        problem = InnerProblem.bind(fit, phi, theta, x, y)
+        return linear_solve(EmpiricalFisher(problem, phi), b, CG(rtol=1e-12)).value
+
+    def dense(y):
+        h = torch.tanh(x @ phi)
+        g = (2 * (h - y) * (1 - h**2))[:, None] * x
+        return torch.linalg.solve(g.T @ g / 5 + 0.5 * torch.eye(3, dtype=F64), b)
+
+    assert_close(ours(y), dense(y))
+    jacobians = [torch.func.jacrev(f)(y) for f in (ours, dense)]
+    assert torch.allclose(*jacobians, rtol=1e-8, atol=1e-10)
+
+
+def test_empirical_fisher_wants_examples():
+    phi = torch.ones(2, dtype=F64)
+    fit = Objective(lambda phi, x: {"a": x @ phi}, lambda o, y: F.mse_loss(o["a"], y))
+    problem = InnerProblem.bind(fit, phi, (), torch.ones(3, 2, dtype=F64), torch.ones(3, dtype=F64))
+    with pytest.raises(TypeError, match=r"predictions that are one tensor \[N"):
+        EmpiricalFisher(problem, phi).linearize()
 
 
 # -- explicit matrices and damping -----------------------------------------------------------------

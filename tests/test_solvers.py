@@ -280,7 +280,7 @@ def test_newton_cg_uses_the_solvers_direction_where_it_descends():
 
 
 def test_newton_cg_with_gauss_newton_wants_structure():
-    with pytest.raises(TypeError, match="curvature=GaussNewton needs the structure"):
+    with pytest.raises(TypeError, match="GaussNewton needs the structure"):
         run(quadratic(), newton_cg(curvature=GaussNewton))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks.paper import fig2a, fig2b, summary, table1, table2, table3
+from benchmarks.paper import curvatures, fig2a, fig2b, summary, table1, table2, table3
 
 RESULTS = {
     "table1": table1,
@@ -10,6 +10,7 @@ RESULTS = {
     "fig2b": fig2b,
     "table2": table2,
     "table3": table3,
+    "curvatures": curvatures,
     "summary": summary,
 }
 

@@ -1,7 +1,7 @@
 """Linear solvers: frozen configurations with one batch-native ``solve``."""
 
 from implicit_optim._linear_solver._auto import Auto
-from implicit_optim._linear_solver._base import LinearSolver
+from implicit_optim._linear_solver._base import LinearSolver, safeguarded
 from implicit_optim._linear_solver._cg import CG
 from implicit_optim._linear_solver._direct import QR, Cholesky
 from implicit_optim._linear_solver._gmres import GMRES
@@ -9,4 +9,15 @@ from implicit_optim._linear_solver._minres import MINRES
 from implicit_optim._linear_solver._neumann import Neumann
 from implicit_optim._linear_solver._woodbury import Woodbury
 
-__all__ = ["Auto", "CG", "Cholesky", "GMRES", "LinearSolver", "MINRES", "Neumann", "QR", "Woodbury"]
+__all__ = [
+    "Auto",
+    "CG",
+    "Cholesky",
+    "GMRES",
+    "LinearSolver",
+    "MINRES",
+    "Neumann",
+    "QR",
+    "Woodbury",
+    "safeguarded",
+]

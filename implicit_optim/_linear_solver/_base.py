@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import where
+from implicit_optim._batch import surely_none, where
 from implicit_optim._linear_solver._vectors import norm, power_of_two
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
@@ -85,6 +86,21 @@ class Iterative(LinearSolver):
         max_steps = min(10 * b.shape[-1], 1000) if self.max_steps is None else self.max_steps
         rtol = default if self.rtol is None else self.rtol
         return max_steps, rtol, rtol == 0 and self.atol == 0
+
+
+def safeguarded(solution: Solution, again: Callable[[], Solution]) -> Solution:
+    """A solution with the tasks of negative curvature from another solve, marked ``fallback``."""
+    indefinite = solution.status == Status.NEGATIVE_CURVATURE.value
+    value, status, stats = solution.value, solution.status, solution.stats
+    if not surely_none(indefinite):
+        other = again()
+        value = torch.where(indefinite.unsqueeze(-1), other.value, value)
+        status = torch.where(indefinite, other.status, status)
+        per_task = {k: v for k, v in stats.items() if v.shape == status.shape}
+        # What is no number per task, such as CG's coefficients, stays that of the first matrix.
+        merged = {k: torch.where(indefinite, other.stats[k], v) for k, v in per_task.items()}
+        stats = stats | merged
+    return Solution(value, status, stats | {"fallback": indefinite})
 
 
 def scaled(b: Tensor, rtol: float, atol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,13 +2,19 @@
 
 from implicit_optim._operator._algebra import Damped, Product, Scaled, Sum
 from implicit_optim._operator._base import Linearized, LowRank, Operator
-from implicit_optim._operator._curvature import GaussNewton, Hessian
+from implicit_optim._operator._curvature import (
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    SafeguardedHessian,
+)
 from implicit_optim._operator._dense import Dense
 from implicit_optim._operator._jacobian import Jacobian
 
 __all__ = [
     "Damped",
     "Dense",
+    "EmpiricalFisher",
     "GaussNewton",
     "Hessian",
     "Jacobian",
@@ -16,6 +22,7 @@ __all__ = [
     "LowRank",
     "Operator",
     "Product",
+    "SafeguardedHessian",
     "Scaled",
     "Sum",
 ]

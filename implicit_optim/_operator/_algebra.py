@@ -43,6 +43,13 @@ class _Pair(Operator):
             lambda x: self._combined(left, right, x), self.precondition, symmetric=self.symmetric
         )
 
+    def fallback(self) -> Operator | None:
+        """Made of what takes the places of its two."""
+        left, right = self.left.fallback(), self.right.fallback()
+        if left is None and right is None:
+            return None
+        return replace(self, left=left or self.left, right=right or self.right)
+
     @staticmethod
     def _combined(left: Operator | Linearized, right: Operator | Linearized, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -166,6 +173,11 @@ class _Numbered(Operator):
         """The same with ``A^T``."""
         return replace(self, operator=self.operator.transpose())
 
+    def fallback(self) -> Operator | None:
+        """The same with what takes A's place."""
+        other = self.operator.fallback()
+        return None if other is None else replace(self, operator=other)
+
     def _number(self, x: Tensor) -> Tensor:
         number = getattr(self, self._name)
         return torch.as_tensor(number, dtype=x.dtype, device=x.device).unsqueeze(-1)
@@ -182,6 +194,7 @@ class _Numbered(Operator):
             mv=lambda x: self._combined(inner.mv(x), x),
             precondition=self.precondition,
             low_rank=None,  # it is that of A alone
+            fallback=None,
         )
 
     def _combined(self, Ax: Tensor, x: Tensor) -> Tensor:

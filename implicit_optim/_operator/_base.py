@@ -81,6 +81,10 @@ class Operator(abc.ABC):
         """A cheap form for many products at one point; not differentiable in the tensors."""
         return Linearized(self.mv, self.precondition, symmetric=self.symmetric)
 
+    def fallback(self) -> Operator | None:
+        """What takes its place in tasks where it proves not positive definite. Default: nothing."""
+        return None
+
     def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
         """``solve`` some tasks after the other, or all at once; each with its part of the operator."""
         return [solve(self, slice(None))]
@@ -140,6 +144,7 @@ class Linearized:
         value: value of the objective at the point ``[*batch]``, where the operator has one.
         symmetric: whether ``A = A^T``.
         low_rank: makes A's parts ``J^T H J + M``, where the operator has this form.
+        fallback: makes what takes its place in tasks where it proves not positive definite.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -154,6 +159,7 @@ class Linearized:
     value: Tensor | None = None
     symmetric: bool = True
     low_rank: Callable[[], LowRank] | None = None
+    fallback: Callable[[], Linearized] | None = None
 
 
 @dataclass(frozen=True, eq=False)

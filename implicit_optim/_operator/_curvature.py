@@ -1,4 +1,4 @@
-"""Curvature matrices of an inner problem: the exact Hessian and Gauss-Newton."""
+"""Curvature matrices of an inner problem: the exact Hessian, Gauss-Newton, and one behind the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicit_optim._derivative import SecondOrder, second_order, vjp
+from implicit_optim._derivative import SecondOrder, gradient, second_order, vjp
 from implicit_optim._flat import Layout
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._operator._base import Leaves, Linearized, LowRank, Operator, Vector
@@ -149,6 +149,94 @@ class GaussNewton(Curvature):
             )
 
         return replace(whole, low_rank=low_rank)
+
+
+@dataclass(frozen=True, eq=False)
+class EmpiricalFisher(Curvature):
+    """Empirical Fisher matrix ``1/N sum_i g_i g_i^T`` of the data term, plus the proximal Hessian.
+
+    g_i is the gradient of example i's loss. Positive definite for every lam > 0, but its size is that
+    of squared gradients, not of curvature: it vanishes as the examples are fitted. For comparisons;
+    Gauss-Newton costs the same.
+
+    Args:
+        problem: the inner problem; its objective must be an [`Objective`][implicit_optim.Objective],
+            its predictions one tensor ``[N, ...]`` of N examples, its loss their *mean*.
+        phi: the point, flat ``[*batch, n]``.
+
+    Raises:
+        TypeError: the objective is a plain function, or the predictions are no tensor.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> fit = iopt.Objective(lambda phi, x: x @ phi, torch.nn.functional.mse_loss)
+        >>> phi, x, y = torch.ones(1), torch.tensor([[1.0], [2.0]]), torch.zeros(2)
+        >>> problem = iopt.InnerProblem.bind(fit, phi, (), x, y)
+        >>> iopt.EmpiricalFisher(problem, phi).as_matrix().item()  # (2^2 + 8^2) / 2
+        34.0
+
+    Source: Kunstner, Balles & Hennig 2019, "Limitations of the empirical Fisher approximation for
+    natural gradient descent", section 1.
+    """
+
+    def mv(self, x: Vector) -> Vector:
+        """``1/N sum_i g_i (g_i . x)`` plus the proximal product."""
+        return self.linearize().mv(x)
+
+    def linearize(self) -> Linearized:
+        """Keep the graphs of predict and of its transpose, and the slopes of the losses."""
+        problem, phi = self.problem.prepared(), self.phi
+        output, pull = vjp(problem.predictions, phi)
+        if not isinstance(output, Tensor) or output.ndim < phi.ndim:
+            raise TypeError("EmpiricalFisher needs predictions that are one tensor [N, ...]")
+        _, push = vjp(pull, torch.zeros_like(output), transpose=True)
+        slope, values = gradient(problem.losses, output)
+        each = slope.flatten(phi.ndim - 1, -1).unflatten(-1, (output.shape[phi.ndim - 1], -1))
+
+        def mv(x: Tensor) -> Tensor:
+            along = (each * push(x).reshape(each.shape)).sum(-1, keepdim=True)
+            return pull((each.shape[-2] * along * each).reshape(output.shape))
+
+        return self._linearized(problem, (pull(slope), mv, values), problem.proximal_at(phi))
+
+
+class SafeguardedHessian(Hessian):
+    """The exact Hessian, and Gauss-Newton in the tasks where CG meets negative curvature.
+
+    The solve is done twice only if there are such tasks: on a CPU that is looked at, on other devices
+    it is always done. ``stats["fallback"]`` says which tasks these are; their status is that of the
+    second solve. Derivatives of the result are those of what was solved.
+
+    Args:
+        problem: the inner problem; its objective must be an [`Objective`][implicit_optim.Objective].
+        phi: the point, flat ``[*batch, n]``.
+
+    Raises:
+        TypeError: the objective is a plain function, which has no outputs to split at.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> fit = iopt.Objective(lambda phi, x: (x @ phi) ** 2, torch.nn.functional.mse_loss)
+        >>> phi, x = torch.ones(2, 1), torch.ones(2, 1, 1)
+        >>> y = torch.tensor([[0.0], [9.0]])  # the Hessians are 12 and -24, Gauss-Newton is 8
+        >>> problem = iopt.InnerProblem.bind(fit, phi, (), x, y, batch_ndim=1)
+        >>> A = iopt.SafeguardedHessian(problem, phi)
+        >>> solution = iopt.linear_solve(A, torch.ones(2, 1))
+        >>> (1 / solution.value).flatten().tolist(), solution.stats["fallback"].tolist()
+        ([12.0, 8.0], [False, True])
+
+    Source: safeguarded Newton directions, Nocedal & Wright 2006, section 3.4; Schraudolph 2002,
+    section 3.
+    """
+
+    def fallback(self) -> GaussNewton:
+        """Gauss-Newton at the same point."""
+        self.problem.structured  # noqa: B018  raises where the structure is missing
+        return GaussNewton(self.problem, self.phi)
+
+    def linearize(self) -> Linearized:
+        """Linearise the Hessian; Gauss-Newton where it is asked for."""
+        return replace(super().linearize(), fallback=lambda: self.fallback().linearize())
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._linear_solver import CG, LinearSolver
+from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
 from implicit_optim._solver._base import Evaluation, Solver, State
@@ -33,6 +33,9 @@ def newton_direction(
         Direction ``[*batch, n]``, slope ``[*batch]`` and the solve's status ``[*batch]``.
     """
     solution = linear_solver.solve(operator, -grad)
+    if operator.fallback is not None:
+        other = operator.fallback
+        solution = safeguarded(solution, lambda: linear_solver.solve(other(), -grad))
     direction = solution.value
     for fallback in (operator.precondition(-grad), -grad):
         slope = torch.linalg.vecdot(grad, direction)
@@ -52,8 +55,9 @@ class newton_cg(Solver):
     Args:
         linear_solver: CG for the direction. Default: 5 steps, as in the paper.
         line_search: step lengths. Default: Armijo backtracking from 1.
-        curvature: the matrix A, [`Hessian`][implicit_optim.Hessian] or
-            [`GaussNewton`][implicit_optim.GaussNewton].
+        curvature: the matrix A, [`Hessian`][implicit_optim.Hessian],
+            [`GaussNewton`][implicit_optim.GaussNewton] or
+            [`SafeguardedHessian`][implicit_optim.SafeguardedHessian].
         max_steps: most Newton steps.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
         check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
