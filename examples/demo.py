@@ -6,26 +6,17 @@ One small network is trained three ways. From scratch: on each new wave alone. F
 implicit MAML: the same number of meta-steps on other waves, the same inner problem, the same solver;
 only `meta_gradient=` differs. All three are judged on the same new waves.
 
-Why sine waves: nothing to download, and anyone sees which fit is right. The real data that ships
-with scikit-learn, 8x8 digits, is too easy: on held-out digits (5-way 1-shot) a small network trained
-from scratch did as well as every meta-learned one that we tried.
-
 Why Newton-CG and Gauss-Newton: an implicit gradient is right where the inner problem is solved.
 After sixteen plain gradient steps this one is not, and then first-order MAML is the better choice.
 """
 
-import argparse
 import math
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import gallery
 import implicit_optim as iopt
 from implicit_optim.tasks import MLP, sinusoids
 
@@ -34,7 +25,7 @@ LAM, INNER_STEPS, CG_STEPS = 0.5, 5, 10
 TEST_WAVES, TEST_STEPS = 400, 20  # new waves, and the inner steps drawn in the picture
 SCRATCH_LAMS, SCRATCH_STEPS = (1e-3, 1e-2, 0.1), 100  # from scratch may choose among these
 SCRATCH, FIRST, IMPLICIT = "from scratch", "first-order MAML", "implicit MAML"
-COLORS = {SCRATCH: "#7F7F7F", FIRST: "#D55E00", IMPLICIT: "#0072B2"}  # safe for colour-blind eyes
+COLORS = {SCRATCH: gallery.GREY, FIRST: gallery.ORANGE, IMPLICIT: gallery.BLUE}
 
 
 def inner(steps):
@@ -51,14 +42,11 @@ def train(meta, steps, seed, name):
     opt = torch.optim.Adam(meta.parameters(), lr=META_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     waves = sinusoids(tasks=TASKS, shots=SHOTS, queries=SHOTS, seed=seed, steps=steps)
-    bar = tqdm(waves, desc=f"{name:16}", unit="step")
-    for support, query in bar:
-        loss = meta(support, query).mean()
+    for support, query in tqdm(waves, desc=f"{name:16}", unit="step"):
         opt.zero_grad()
-        loss.backward()
+        meta(support, query).mean().backward()
         opt.step()
         schedule.step()
-        bar.set_postfix_str(f"error {loss.item():5.2f}")
     return meta
 
 
@@ -86,13 +74,11 @@ def half(values):
 
 
 def draw(methods, steps, error, support, path):
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (left, *waves) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    fig, (left, *waves) = gallery.panels(3, figsize=(13, 4.4))
     for name, values in error.items():
-        color, mean, margin = COLORS[name], values.mean(-1), half(values)
+        mean, margin, color = values.mean(-1), half(values), COLORS[name]
         left.plot(mean, color=color, lw=2.2)
-        band = {"color": color, "alpha": 0.2, "lw": 0}
-        left.fill_between(range(len(mean)), mean - margin, mean + margin, **band)
+        left.fill_between(range(len(mean)), mean - margin, mean + margin, color=color, alpha=0.2)
         left.plot(steps[name], mean[steps[name]], "o", color=color, ms=7)
     left.set_xscale("symlog", linthresh=1, linscale=0.4)
     left.set(title="mean squared error on new waves", xlabel="inner steps", yscale="log")
@@ -100,64 +86,40 @@ def draw(methods, steps, error, support, path):
     left.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5], ticks)
     left.minorticks_off()
 
-    x, y = support
-    grid = torch.linspace(-5, 5, 200)[:, None]
+    (x, y), grid = support, torch.linspace(-5, 5, 200)[:, None]
+    wave = lambda at: torch.cat([at.sin(), at.cos()], -1)  # noqa: E731
     order = error[IMPLICIT][INNER_STEPS].argsort()  # in the middle: typical, not the prettiest
-    for axis, share, title in zip(waves, (0.5, 0.9), ("a typical wave", "a hard one"), strict=True):
+    for axes, share, title in zip(waves, (0.5, 0.9), ("a typical wave", "a hard one"), strict=True):
         i = order[int(share * len(order))]
-        truth = torch.linalg.lstsq(torch.cat([x[i].sin(), x[i].cos()], -1), y[i]).solution
-        truth = torch.cat([grid.sin(), grid.cos()], -1) @ truth
-        axis.plot(grid, truth, color="#222222", lw=1.3, ls=(0, (4, 3)), label="true wave")
+        truth = wave(grid) @ torch.linalg.lstsq(wave(x[i]), y[i]).solution
+        axes.plot(grid, truth, "--", color="#222222", lw=1.3, label="true wave")
         for name, meta in methods.items():
             curves = fits(meta, (x[i : i + 1], y[i : i + 1]), grid[None], steps[name])[:, 0, :, 0]
-            axis.plot(grid, curves[-1], color=COLORS[name], lw=2.2, label=name)
-        axis.plot(
-            grid, curves[0], color=COLORS[IMPLICIT], lw=1.5, ls=":", label="implicit MAML, before"
-        )
-        axis.plot(x[i, :, 0], y[i, :, 0], "o", color="#222222", ms=6, label="ten points", zorder=5)
-        axis.set(title=title, xlabel="x", ylim=(-6.5, 6.5))
-    fig.legend(
-        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
-    )
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+            axes.plot(grid, curves[-1], color=COLORS[name], lw=2.2, label=name)
+        axes.plot(grid, curves[0], ":", color=COLORS[IMPLICIT], label="implicit MAML, before")
+        axes.plot(x[i, :, 0], y[i, :, 0], "o", color="#222222", label="ten points", zorder=5)
+        axes.set(title=title, xlabel="x", ylim=(-6.5, 6.5))
+    gallery.save(fig, path, legend=axes, columns=6, dpi=150)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="meta-steps of each method")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # for tensors this small a second thread only gets in the way
-
-    indefinite = []  # share of each meta-step's waves in which CG met negative curvature
-
-    def on_solve(name, solution):
-        if name == "linear_solve":
-            indefinite.append(solution.share(iopt.Status.NEGATIVE_CURVATURE).item())
-
+    args = gallery.arguments(__doc__, "demo", steps=300, what="meta-steps of each method")
     implicit = iopt.Implicit(iopt.CG(max_steps=CG_STEPS), curvature=iopt.GaussNewton)
     trained = {}
     for name, how in {FIRST: iopt.FirstOrder(), IMPLICIT: implicit}.items():
-        meta = learner(args.seed, meta_gradient=how, on_solve=on_solve)
+        meta = learner(args.seed, meta_gradient=how)
         trained[name] = train(meta, args.steps, args.seed, name)
 
     print("From scratch: choosing lam and the number of steps on other waves ...", flush=True)
     choose = sinusoids(tasks=TEST_WAVES // 4, shots=SHOTS, queries=50, seed=10**6).sample()
-    tried = {
-        lam: errors(learner(args.seed, lam), *choose, SCRATCH_STEPS).mean(-1)
-        for lam in SCRATCH_LAMS
-    }
+    alone = {lam: learner(args.seed, lam) for lam in SCRATCH_LAMS}
+    tried = {lam: errors(m, *choose, SCRATCH_STEPS).mean(-1) for lam, m in alone.items()}
     lam = min(tried, key=lambda lam: tried[lam].min())
-    methods = {SCRATCH: learner(args.seed, lam), **trained}
+    methods = {SCRATCH: alone[lam], **trained}
     steps = {SCRATCH: int(tried[lam].argmin()), FIRST: INNER_STEPS, IMPLICIT: INNER_STEPS}
 
     waves = sinusoids(tasks=TEST_WAVES, shots=SHOTS, queries=50, seed=10**6 + 1).sample()
-    error = {
-        name: errors(meta, *waves, max(steps[name], TEST_STEPS)) for name, meta in methods.items()
-    }
+    error = {name: errors(m, *waves, max(steps[name], TEST_STEPS)) for name, m in methods.items()}
     print(f"\nMean squared error on {TEST_WAVES} new waves, {SHOTS} points each, +- 95 %:\n")
     print(f"{'':18}{'before':>14}{'after adapting':>20}{'inner steps':>14}{'lam':>8}")
     for name, values in error.items():
@@ -166,10 +128,7 @@ def main():
         print(f"{name:18}{cells[0]:>14}{cells[1]:>20}{steps[name]:>14}{strength:>8g}")
     gain = error[FIRST][INNER_STEPS] - error[IMPLICIT][INNER_STEPS]
     print(f"\nFirst-order minus implicit, wave by wave: {gain.mean():.2f} +- {half(gain):.2f}")
-    share = 100 * sum(indefinite) / max(1, len(indefinite))
-    print(f"Training waves with negative curvature (Gauss-Newton): {share:.1f} %")
     draw(methods, steps, error, waves[0], args.out / "demo.png")
-    print(f"Picture: {args.out / 'demo.png'}")
 
 
 if __name__ == "__main__":

@@ -55,11 +55,11 @@ def panels(count, **how):
     return plt.subplots(1, count, **{"figsize": (10, 3.8), "layout": "constrained", **how})
 
 
-def save(fig, path, legend=None):
+def save(fig, path, legend=None, columns=4, dpi=100):
     """With the legend of one of its axes below them all, if wanted."""
     if legend is not None:
         handles = legend.get_legend_handles_labels()
-        fig.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
-    fig.savefig(path, dpi=100)
+        fig.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
+    fig.savefig(path, dpi=dpi)
     plt.close(fig)
     print(f"\nPicture: {path}")

@@ -11,18 +11,13 @@ method beats. Theta and lam are learned without knowing any of this. The fixed n
 opponent: it has the true mean for its theta, and is the best of 17 on curves of its own.
 """
 
-import argparse
 import math
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import gallery
 import implicit_optim as iopt
 
 COSINES, POINTS, NOISE = 12, 10, 0.2
@@ -33,9 +28,9 @@ MEAN, SPREAD = (ORDER == 1).double(), 1 / (1 + ORDER**2 / 4)
 BEST_LAM = 2 * NOISE**2 / (POINTS * SPREAD**2)
 EXACT = iopt.CG(max_steps=POINTS + 2)  # POINTS + 1 are enough: the data term has rank POINTS
 NUMBER, LEARNED, VECTOR, BEST = "best fixed number", "learned number", "learned vector", "optimal"
-COLORS = {NUMBER: "#7F7F7F", LEARNED: "#D55E00", VECTOR: "#0072B2"}  # safe for colour-blind eyes
+COLORS = {NUMBER: gallery.GREY, LEARNED: gallery.ORANGE, VECTOR: gallery.BLUE}
 LINES = {NUMBER: ":", LEARNED: "-", VECTOR: "o-"}
-TRUTH = {"color": "#222222", "lw": 1.3, "ls": (0, (4, 3))}
+TRUTH = {"color": "#222222", "lw": 1.3, "ls": "--"}
 
 
 def cosines(x):
@@ -52,7 +47,7 @@ class Curve(torch.nn.Module):
 
 
 def sample(count, generator):
-    """Support and query, each `(x [T, N], y [T, N])`, and the true parameters `[T, n]`."""
+    """Support and query, `(x [T, N], y [T, N])` each, and the true parameters `[T, n]`."""
     truth = MEAN + SPREAD * torch.randn(count, COSINES, generator=generator).double()
     x = 2 * torch.rand(2, count, POINTS, generator=generator).double() - 1
     noise = NOISE * torch.randn(x.shape, generator=generator).double()
@@ -71,15 +66,12 @@ def learn(lam, steps, seed, name):
     opt = torch.optim.Adam(meta.parameters(), lr=META_LR)  # theta and log lam
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     generator = torch.Generator().manual_seed(seed)  # the same curves for every form of lam
-    bar = tqdm(range(steps), desc=name, unit="step")
-    for _ in bar:
+    for _ in tqdm(range(steps), desc=name, unit="step"):
         support, query, _ = sample(TASKS, generator)
-        loss = meta(support, query).mean()
         opt.zero_grad()
-        loss.backward()
+        meta(support, query).mean().backward()
         opt.step()
         schedule.step()
-        bar.set_postfix_str(f"query loss {loss.item():.3f}")
     return meta
 
 
@@ -90,49 +82,28 @@ def errors(meta, support, truth):
     return ((phi - truth) @ cosines(GRID).mT).square().mean(-1)
 
 
-def half(values):
-    """Half the width of the 95 % confidence interval of a mean over curves."""
-    return 1.96 * values.std().item() / math.sqrt(len(values))
-
-
 def draw(methods, lam, error, support, truth, path):
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    fig, (left, middle, right) = gallery.panels(3, figsize=(13, 4.4))
     gain = error[NUMBER] - error[VECTOR]
     i = gain.argsort()[len(gain) // 2].item()  # in the middle: typical, not the prettiest
     for place, (name, color) in enumerate(COLORS.items()):
-        style = {"color": color, "lw": 2.2, "zorder": 3 - place}
-        left.plot(lam[name], LINES[name], ms=6, **style)
+        left.plot(lam[name], LINES[name], color=color, lw=2.2, zorder=3 - place)
+        right.bar(place, error[name].mean().item(), color=color, width=0.6, label=name)
         if name != LEARNED:
             phi = methods[name].adapt([part[i : i + 1] for part in support])["weight"][0]
-            middle.plot(GRID, cosines(GRID) @ phi.detach(), **style)
-        mean, margin = error[name].mean().item(), half(error[name])
-        right.bar(place, mean, yerr=margin, color=color, width=0.6, capsize=5, label=name)
-        right.text(place, mean + margin, f"{mean:.3f}\n", ha="center", va="center")
+            middle.plot(GRID, cosines(GRID) @ phi.detach(), color=color, lw=2.2)
     left.plot(lam[BEST], **TRUTH, zorder=5)
     middle.plot(GRID, cosines(GRID) @ truth[i], **TRUTH)
     middle.plot(support[0][i], support[1][i], "o", color="#222222", ms=5, zorder=5)
     right.axhline(error[BEST].mean().item(), **TRUTH, label="the truth, or the optimum")
     left.set(title="lam of each cosine", xlabel="frequency", yscale="log")
     middle.set(title="a new curve, fitted to ten noisy points", xlabel="x")
-    right.set(
-        title="mean squared error, new curves", xticks=[], ylim=(0, 1.15 * right.get_ylim()[1])
-    )
-    handles = right.get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    right.set(title="mean squared error, new curves", xticks=[])
+    gallery.save(fig, path, legend=right)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="meta-steps of each learner")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/learned_lam"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # for tensors this small a second thread only gets in the way
-
+    args = gallery.arguments(__doc__, "learned_lam", steps=300, what="meta-steps of each learner")
     new = torch.Generator().manual_seed(10**6 + args.seed)
     (support, _, truth), (others, _, known) = sample(CURVES, new), sample(CURVES, new)
     fixed = [learner(MEAN, lam) for lam in FIXED]
@@ -145,14 +116,12 @@ def main():
     error = {name: errors(meta, support, truth) for name, meta in methods.items()}
     lam = {name: meta.proximal().detach().expand(COSINES) for name, meta in methods.items()}
 
-    print(f"\nMean squared error on {CURVES} new curves, {POINTS} noisy points each, +- 95 %:\n")
+    print(f"\nMean squared error on {CURVES} new curves, +- 95 %, and lam, slow to fast:\n")
     for name, values in error.items():
-        print(f"{name:18}{values.mean():.4f} +- {half(values):.4f}")
-    print("\nlam of each cosine, slow to fast:\n")
-    for name, values in lam.items():
-        print(f"{name:18}" + "".join(f"{value:7.3f}" for value in values.tolist()))
+        half = 1.96 * values.std() / math.sqrt(CURVES)
+        print(f"{name:18}{values.mean():.4f} +- {half:.4f}")
+        print(f"{'':18}" + "".join(f"{value:7.3f}" for value in lam[name].tolist()))
     draw(methods, lam, error, support, truth, args.out / "learned_lam.png")
-    print(f"\nPicture: {args.out / 'learned_lam.png'}")
 
 
 if __name__ == "__main__":
