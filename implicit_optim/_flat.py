@@ -56,7 +56,8 @@ class Layout:
             The layout of one element of the batch.
 
         Raises:
-            TypeError: a leaf is no floating-point tensor, or is sharded over processes.
+            TypeError: a leaf is no floating-point tensor, or is sharded over processes and not one
+                flat vector already.
             ValueError: dtypes, devices or batch shapes differ between leaves.
         """
         leaves, treespec = pytree.tree_flatten_with_path(tree)
@@ -65,7 +66,7 @@ class Layout:
         if not tensors:
             raise ValueError(f"{name} has no tensors: give at least one parameter to solve for")
         for leaf_name, leaf in zip(names, tensors, strict=True):
-            _check_leaf(leaf_name, leaf, names[0], tensors[0], batch_ndim)
+            _check_leaf(leaf_name, leaf, names[0], tensors[0], batch_ndim, len(tensors) == 1)
         shapes = tuple(tuple(leaf.shape[batch_ndim:]) for leaf in tensors)
         return cls(treespec, names, shapes)
 
@@ -116,16 +117,20 @@ class Layout:
             The pytree, each leaf a view ``[*batch, *shape]`` of ``flat``.
         """
         batch = flat.shape[:-1]
-        pieces = flat.split(self.sizes, dim=-1)
+        # One leaf needs no split, which would gather a sharded vector.
+        pieces = [flat] if len(self.shapes) == 1 else flat.split(self.sizes, dim=-1)
         leaves = [p.reshape((*batch, *s)) for p, s in zip(pieces, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.treespec)
 
 
-def _check_leaf(name: str, leaf: Any, first_name: str, first: Any, batch_ndim: int) -> None:
+def _check_leaf(
+    name: str, leaf: Any, first_name: str, first: Any, batch_ndim: int, alone: bool
+) -> None:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         what = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {what}")
-    if hasattr(leaf, "full_tensor"):  # a DTensor, whose module takes long to import
+    whole = alone and leaf.ndim == batch_ndim + 1  # it is the flat vector
+    if hasattr(leaf, "full_tensor") and not whole:  # a DTensor, whose module is slow to import
         raise TypeError(
             f"{name} is sharded (a {type(leaf).__name__}), but one flat vector needs all of it; with "
             "FSDP: fully_shard(meta), the MetaLearner as a whole and no module inside of it, and "

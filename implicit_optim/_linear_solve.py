@@ -23,6 +23,7 @@ from implicit_optim._autograd import (
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
 from implicit_optim._solution import OnSolve, Solution, joined
+from implicit_optim._vectors import norm
 
 _DEFAULT = CG()
 
@@ -127,8 +128,7 @@ class _ReverseLinearSolve(torch.autograd.Function):
             gradient = linearized.gradient
             if gradient is None:
                 gradient = torch.full_like(rhs, math.nan)
-            norm = torch.linalg.vector_norm(gradient, dim=-1)
-            return Solution(value, status, stats | {"stationarity": norm})
+            return Solution(value, status, stats | {"stationarity": norm(gradient)})
 
         with full_precision(b.device):
             value, status, stats = joined(operator.parts(solve))

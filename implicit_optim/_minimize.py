@@ -15,6 +15,7 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._objective import Equations, InnerObjective
 from implicit_optim._solution import Solution, Status, joined
 from implicit_optim._solver import Solver
+from implicit_optim._vectors import largest, norm
 
 
 def minimize(
@@ -137,17 +138,17 @@ def run(
         recorded = record and k >= graph_from
         with torch.set_grad_enabled(recorded):
             at = solver.evaluate(problem, phi)
-        norm = torch.linalg.vector_norm(at.grad, dim=-1)
-        first_norm = norm if k == 0 else first_norm
-        grad_norm = where(running, norm, grad_norm)
+        now = norm(at.grad)
+        first_norm = now if k == 0 else first_norm
+        grad_norm = where(running, now, grad_norm)
         if solver.tol > 0:
-            stop(norm <= solver.tol, Status.SUCCESS)
+            stop(now <= solver.tol, Status.SUCCESS)
             if last or (k % solver.check_every == 0 and none_left(running)):
-                stop(~(norm < math.inf), Status.NONFINITE)
+                stop(~(now < math.inf), Status.NONFINITE)
                 break
         with torch.set_grad_enabled(recorded):
             proposal, state, found = solver.step(problem, phi, at, state)
-        stop(~(torch.maximum(norm, _largest(proposal)) < math.inf), Status.NONFINITE)
+        stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
             stop(~found, Status.LINE_SEARCH)
         phi = where(running, proposal, phi)
@@ -156,13 +157,6 @@ def run(
         stop(running, Status.MAX_STEPS)
     stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
     return Solution(phi, status.to(torch.int8), stats)
-
-
-def _largest(phi: Tensor) -> Tensor:
-    """``max |phi|`` of each task, NaN included; on a CPU ten times faster than its infinity norm."""
-    if phi.shape[-1] == 0:
-        return phi.new_zeros(phi.shape[:-1])
-    return torch.maximum(phi.amax(-1), -phi.amin(-1))
 
 
 def _check_not_learned(solver: Solver) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._flat import Layout
+from implicit_optim._vectors import dot
 
 
 def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:
@@ -136,7 +137,7 @@ class Quadratic:
         """Gradient, Hessian product and values."""
         offset = phi - self.anchor
         slope = self.mv(offset)
-        return slope, self.mv, torch.linalg.vecdot(slope, offset) / 2
+        return slope, self.mv, dot(slope, offset) / 2
 
 
 def _solve_definite(matrix: Tensor, b: Tensor) -> Tensor:

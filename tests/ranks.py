@@ -20,23 +20,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_optim as iopt
 from implicit_optim.tasks import MLP, sinusoids
 
 TASKS, STEPS = 5, 4
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def example():
-    """The example as a module, made small."""
-    spec = importlib.util.spec_from_file_location("distributed", EXAMPLE)
+def example(name="distributed", **small):
+    """An example as a module, made small."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, value in {"TASKS": TASKS, "SAVE_EVERY": 2}.items():
-        assert hasattr(module, name)
-        setattr(module, name, value)
+    small = small or {"TASKS": TASKS, "SAVE_EVERY": 2}
+    for constant, value in small.items():
+        assert hasattr(module, constant)
+        setattr(module, constant, value)
     return module
 
 
@@ -231,6 +234,50 @@ def adapt_unregistered():
     meta.adapt(mine(episodes(TASKS).sample())[0])
 
 
+# -- vectors in shards -----------------------------------------------------------------------------
+
+
+class Travelling(TorchDispatchMode):
+    """The number of elements of the largest tensor that a collective takes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func.namespace.startswith("_c10d_functional") and "wait" not in str(func):
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def sharded_solve(solver):
+    """Errors of phi and of theta's gradient, this rank's share of phi, and what travelled at most."""
+    module = example("sharded", FEATURES=4000)
+    place = module.sharded(dist.init_device_mesh("cpu", (2,)))
+    with Travelling() as travelling:
+        found = module.linear(place, solver)
+    reference = module.linear(module.whole, solver)
+    pairs = zip(found, reference, strict=True)
+    errors = [(a.full_tensor() - b).abs().max().item() for a, b in pairs]
+    return [*errors, found[0].to_local().numel() / 4000, travelling.largest]
+
+
+def sharded_network():
+    """Error of a solve with the Hessian of a network in shards, against the dense Hessian's."""
+    module = example("sharded", HIDDEN=6)
+    layers = module.network(module.sharded(dist.init_device_mesh("cpu", (2,))))
+    found = torch.cat([layer.full_tensor().reshape(-1) for layer in layers])
+    x, y = module.draw(module.EXAMPLES, 8, seed=5), module.draw(module.EXAMPLES, seed=6)
+    start = torch.cat([module.draw(48, seed=7) / 3, module.draw(6, seed=8) / 6])
+    b = torch.cat([module.draw(48, seed=9), module.draw(6, seed=10)])
+
+    def loss(flat):
+        return F.mse_loss(torch.tanh(x @ flat[:48].reshape(6, 8).mT) @ flat[48:], y)
+
+    dense = torch.func.hessian(loss)(start) + module.LAM * torch.eye(54)
+    return (found - torch.linalg.solve(dense, b)).abs().max().item()
+
+
 FIRST_ORDER = {"meta_gradient": iopt.FirstOrder()}
 UNROLLED = {"meta_gradient": iopt.Unrolled(), "solver": iopt.gd(lr=0.05, max_steps=4)}
 CHECKS = {
@@ -252,6 +299,9 @@ CHECKS = {
     "fsdp, number": lambda: said(lambda: fully_shard(learner(learned()))),
     "fsdp, inside": lambda: said(inside_sharded),
     "fsdp, adapt unregistered": lambda: said(adapt_unregistered),
+    "sharded, CG": lambda: sharded_solve(iopt.CG(rtol=1e-12)),
+    "sharded, MINRES": lambda: sharded_solve(iopt.MINRES(rtol=1e-12)),
+    "sharded, network": sharded_network,
 }
 
 

@@ -90,6 +90,19 @@ def test_what_fsdp_cannot(figures):
         assert "fully_shard(meta)" in message and "register_fsdp_forward_method" in message
 
 
+@pytest.mark.parametrize("solver", ["CG", "MINRES"])
+def test_a_sharded_solve_is_that_of_one_process(figures, solver):
+    """Each rank holds half of every vector, and nothing travels that is as long as one."""
+    phi, gradient, share, largest = figures[f"sharded, {solver}"]
+    assert max(phi, gradient) < 1e-10
+    assert share == 0.5
+    assert largest <= 16  # the predictions; a half is 2000 numbers
+
+
+def test_conjugate_gradients_on_the_shards_of_a_network(figures):
+    assert figures["sharded, network"] < 1e-10
+
+
 # -- the example -----------------------------------------------------------------------------------
 
 

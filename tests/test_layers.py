@@ -28,6 +28,7 @@ LAYERS = {
     "_module": 0,
     "_running_stats": 0,
     "_solution": 0,
+    "_vectors": 0,
     "_error_bound": 1,
     "_inner_problem": 1,
     "_objective": 1,

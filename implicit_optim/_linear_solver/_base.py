@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._batch import surely_none, where
-from implicit_optim._linear_solver._vectors import norm, power_of_two
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
+from implicit_optim._vectors import norm, power_of_two
 
 
 class LinearSolver(abc.ABC):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from implicit_optim._batch import none_left, where
 from implicit_optim._linear_solver._base import Iterative, Outcome
-from implicit_optim._linear_solver._vectors import directions, norm, products
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution
+from implicit_optim._vectors import directions, norm, products
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from implicit_optim._batch import where
 from implicit_optim._linear_solver._base import LinearSolver
-from implicit_optim._linear_solver._vectors import norm
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
+from implicit_optim._vectors import norm
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
 from implicit_optim._solver._base import Evaluation, Solver, State
+from implicit_optim._vectors import dot
 
 
 def newton_direction(
@@ -38,10 +39,10 @@ def newton_direction(
         solution = safeguarded(solution, lambda: linear_solver.solve(other(), -grad))
     direction = solution.value
     for fallback in (operator.precondition(-grad), -grad):
-        slope = torch.linalg.vecdot(grad, direction)
+        slope = dot(grad, direction)
         descends = (slope <= 0).unsqueeze(-1)  # False for NaN as well
         direction = torch.where(descends, direction, fallback)
-    return direction, torch.linalg.vecdot(grad, direction), solution.status
+    return direction, dot(grad, direction), solution.status
 
 
 @dataclass(frozen=True, kw_only=True)
