@@ -3,8 +3,11 @@
 Quadratics in 50 dimensions, float64; the inner problems are solved until their error is below that of
 the backward pass, by gradient descent with the step 1 / L for truncated back-propagation, accelerated
 for the others. Truncated back-propagation through k steps is the Neumann series with k terms; with
-k = 1 it is one-step differentiation.
+k = 1 it is one-step differentiation. Nystrom is the inverse of a random sketch of rank k (Hataya &
+Yamada 2023).
 """
+
+from dataclasses import dataclass
 
 import matplotlib
 
@@ -15,11 +18,29 @@ import torch
 import implicit_optim as iopt
 from benchmarks.measure import RESULTS, save, table
 from benchmarks.paper.quadratics import Quadratics
+from benchmarks.products import low_rank, nystrom, sketch
 
 N, LAM, TASKS = 50, 1.0, 4
 KAPPAS = (10, 100, 300)  # of the inner objective
 PRODUCTS = (0, 1, 2, 5, 10, 20, 50)
-COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "CG": "#0072B2"}
+COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "Nystrom": "#009E73", "CG": "#0072B2"}
+
+
+@dataclass(frozen=True)
+class Nystrom(iopt.LinearSolver):
+    """``x = (sketch of H of rank k + lam)^-1 b``: k products, whatever b is; a solver of one's own."""
+
+    rank: int
+    stats_names = ()
+
+    @torch.no_grad()
+    def solve(self, operator, b):
+        tasks, n = b.shape
+        generator = torch.Generator().manual_seed(0)
+        omega = torch.linalg.qr(torch.randn(n, self.rank, generator=generator, dtype=b.dtype)).Q
+        Y = sketch(operator.mv, omega, tasks, LAM)
+        x = low_rank(*nystrom(Y, omega, LAM), LAM)(b)
+        return iopt.Solution(x, torch.zeros(tasks, dtype=torch.int8), {})
 
 
 def problem(kappa):
@@ -34,6 +55,7 @@ def rules(products, smoothness):
     return {
         "truncated": iopt.Truncated(products),
         "Neumann": iopt.Implicit(neumann),
+        "Nystrom": iopt.Implicit(Nystrom(products)),
         "CG": iopt.Implicit(iopt.CG(max_steps=products)),
     }
 
@@ -55,7 +77,7 @@ def draw(rows, path):
     )
     for axes, kappa in zip(every[0], KAPPAS, strict=True):
         own = [row for row in rows if row["kappa"] == kappa]
-        for (name, color), marker in zip(COLORS.items(), "sov", strict=True):
+        for (name, color), marker in zip(COLORS.items(), "sodv", strict=True):
             style = {"ls": "--"} if name == "Neumann" else {}  # on top of the truncated ones
             places = [row["products"] for row in own]
             axes.plot(

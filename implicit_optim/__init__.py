@@ -31,6 +31,7 @@ from implicit_optim._objective import FixedPoint, Objective, Root
 from implicit_optim._operator import (
     Damped,
     Dense,
+    Diagonal,
     EmpiricalFisher,
     GaussNewton,
     Hessian,
@@ -63,6 +64,7 @@ __all__ = [
     "Cholesky",
     "Damped",
     "Dense",
+    "Diagonal",
     "EmpiricalFisher",
     "Evaluation",
     "FirstOrder",

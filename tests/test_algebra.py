@@ -151,3 +151,52 @@ def test_what_does_not_fit():
     A = Dense(torch.eye(2))
     with pytest.raises(TypeError, match="needs a symmetric operator, Product is none"):
         linear_solve(A @ A, torch.ones(2))
+
+
+@given(SEEDS, st.integers(1, 6), st.sampled_from([(), (3,), (2, 2)]))
+def test_diagonal_operators_are_diagonal_matrices(seed, n, batch):
+    """Products, solves, derivatives, and what they precondition, against the dense matrix."""
+    A, _, _, b = matrices(seed, n, batch, symmetric=True)
+    A = A @ A.mT
+    d = torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 2, (*batch, n)))
+    operator = iopt.Diagonal(d)
+    torch.testing.assert_close(operator.as_matrix(), torch.diag_embed(d))
+    torch.testing.assert_close(operator.diagonal(), d)
+    whole = Dense(A) + operator
+    torch.testing.assert_close(whole.precondition(b), b / d)
+    d_ = d.clone().requires_grad_()
+    ours = linear_solve(Dense(A) + iopt.Diagonal(d_), b, iopt.CG(rtol=1e-12)).value
+    dense = torch.linalg.solve(A + torch.diag_embed(d_), b)
+    torch.testing.assert_close(ours, dense, rtol=1e-8, atol=1e-10)
+    gradients = [torch.autograd.grad(x.square().sum(), d_)[0] for x in (ours, dense)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+
+
+def test_a_diagonal_that_is_not_positive_preconditions_nothing():
+    d, r = torch.tensor([[1.0, 2.0], [1.0, -2.0]]), torch.ones(2, 2)
+    assert iopt.Diagonal(d).precondition(r).tolist() == [[1.0, 0.5], [1.0, 1.0]]
+
+
+def test_a_diagonal_solve_under_vmap():
+    d = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    solve = lambda d: linear_solve(iopt.Diagonal(d), torch.ones_like(d)).value  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(solve)(d), 1 / d)
+    torch.testing.assert_close(torch.func.jacrev(solve)(d[0]), torch.diag(-1 / d[0] ** 2))
+
+
+def test_hutchinsons_estimate_of_the_diagonal():
+    """No bias, and the variance that the docstring states: its standard error over many probes."""
+    A, *_ = matrices(0, 5, (2,), symmetric=True)
+    operator, probes = Dense(A), 4000
+    generator = torch.Generator().manual_seed(0)
+    found = operator.diagonal(probes, generator)
+    exact = A.diagonal(dim1=-2, dim2=-1)
+    others = A - torch.diag_embed(exact)
+    deviation = (others.square().sum(-1) / probes).sqrt()
+    assert ((found - exact).abs() < 4 * deviation).all()
+    assert ((found - exact).abs() > 0.01 * deviation).any()  # an estimate, not the diagonal
+    torch.testing.assert_close(iopt.Diagonal(exact).diagonal(1), exact)  # no others: no variance
+    again = operator.diagonal(7, torch.Generator().manual_seed(1))
+    assert torch.equal(again, operator.diagonal(7, torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="Invalid probes: 0"):
+        operator.diagonal(0)

@@ -8,12 +8,13 @@ from implicit_optim._operator._curvature import (
     Hessian,
     SafeguardedHessian,
 )
-from implicit_optim._operator._dense import Dense
+from implicit_optim._operator._dense import Dense, Diagonal
 from implicit_optim._operator._jacobian import Jacobian
 
 __all__ = [
     "Damped",
     "Dense",
+    "Diagonal",
     "EmpiricalFisher",
     "GaussNewton",
     "Hessian",

@@ -30,17 +30,17 @@ class Operator(abc.ABC):
 
     Examples:
         >>> import torch, implicit_optim as iopt
-        >>> class Diagonal(iopt.Operator):
+        >>> class Weights(iopt.Operator):
         ...     def __init__(self, d):
         ...         self.d = d
         ...
         ...     shape = property(lambda self: tuple(self.d.shape))
         ...     mv = lambda self, x: self.d * x
         ...     tensors = lambda self: ([self.d], [])
-        ...     with_tensors = lambda self, own, common: Diagonal(own[0])
-        ...     add_batch = lambda self, own, common, *, shared: Diagonal(own[0])
+        ...     with_tensors = lambda self, own, common: Weights(own[0])
+        ...     add_batch = lambda self, own, common, *, shared: Weights(own[0])
         >>> d = torch.tensor([1.0, 4.0], requires_grad=True)
-        >>> iopt.linear_solve(Diagonal(d), torch.ones(2)).value.sum().backward()
+        >>> iopt.linear_solve(Weights(d), torch.ones(2)).value.sum().backward()
         >>> d.grad.tolist()  # of 1 / d
         [-1.0, -0.0625]
 
@@ -108,6 +108,38 @@ class Operator(abc.ABC):
         basis = torch.eye(n, dtype=like.dtype, device=like.device)
         columns = [linearized.mv(e.expand(*batch, n).contiguous()) for e in basis]
         return torch.stack(columns, dim=-1) if columns else like.new_zeros(*batch, 0, 0)
+
+    def diagonal(
+        self, probes: int | None = None, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch n"]:
+        """The diagonal of A: exact by n products, or Hutchinson's estimate by a few.
+
+        The estimate is ``1/k sum s * (A s)`` over k vectors s of random signs. It has no bias; its
+        variance in entry i is ``1/k`` times the sum of squares of A's other entries in row i.
+
+        Args:
+            probes: k >= 1; default: all n unit vectors, exact.
+            generator: of the signs, on the operator's device. Default: torch's own.
+
+        Returns:
+            ``[*batch, n]``.
+
+        Raises:
+            ValueError: ``probes < 1``.
+
+        Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix".
+        """
+        if probes is None:
+            return self.as_matrix().diagonal(dim1=-2, dim2=-1)
+        if probes < 1:
+            raise ValueError(f"Invalid probes: {probes}: it must be >= 1, or None for all")
+        like, linearized = self.like(), self.linearize()
+        total = like.new_zeros(self.shape)
+        for _ in range(probes):
+            coins = torch.randint(2, self.shape, generator=generator, device=like.device)
+            signs = 2 * coins.to(like.dtype) - 1
+            total = total + signs * linearized.mv(signs)
+        return total / probes
 
     def __add__(self, other: Any) -> Operator:
         if isinstance(other, (Operator, Tensor, int, float)):
