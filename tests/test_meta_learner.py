@@ -192,9 +192,12 @@ def test_frozen_tied_unused_and_scalar_parameters(double):
     support, query = ((x, y[..., 0]) for x, y in (support, query))
     model = Tied()
     meta = iopt.MetaLearner(
-        model, F.mse_loss, solver=iopt.gd(lr=0.005, max_steps=3000, tol=1e-11), lam=9.0,
+        model,
+        F.mse_loss,
+        solver=iopt.newton_cg(tol=1e-11, linear_solver=iopt.CG(rtol=1e-12)),
+        lam=9.0,
         meta_gradient=EXACT,
-    )  # fmt: skip
+    )
     assert set(meta.anchor()) == {"first.weight", "first.bias", "second.bias", "scale", "unused"}
     meta(support, query).mean().backward()
     assert model.frozen.weight.grad is None
