@@ -18,9 +18,19 @@ CASES = {
     "conv2d": (nn.Conv2d(2, 3, 3, stride=2, padding=1), (4, 2, 7, 6)),
     "conv2d without bias": (nn.Conv2d(2, 3, (2, 3), bias=False), (4, 2, 5, 6)),
     "conv2d in groups, dilated": (nn.Conv2d(4, 6, 3, dilation=2, groups=2), (3, 4, 7, 8)),
+    "conv2d of gray images": (
+        nn.Conv2d(1, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        (4, 1, 7, 6),
+    ),
+    "conv2d of gray images without bias": (nn.Conv2d(1, 4, 2, bias=False), (4, 1, 5, 6)),
+    "conv2d of gray images, few outputs": (nn.Conv2d(1, 3, 2), (4, 1, 5, 6)),
     "conv2d, padding=same": (nn.Conv2d(2, 3, 3, padding="same"), (4, 2, 5, 5)),
     "conv2d, reflected": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (4, 2, 5, 5)),
     "conv3d": (nn.Conv3d(2, 2, 2), (2, 2, 3, 4, 3)),
+    "linear": (nn.Linear(2, 3), (4, 2)),
+    "linear without bias": (nn.Linear(2, 3, bias=False), (4, 2)),
+    "linear of sequences": (nn.Linear(2, 3), (4, 5, 2)),
+    "linear of one example": (nn.Linear(2, 3), (2,)),
     "batch norm 1d": (nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
     "batch norm of sequences": (nn.BatchNorm1d(3, track_running_stats=False), (4, 3, 5)),
     "batch norm 2d": (nn.BatchNorm2d(3, track_running_stats=False, eps=0.3), (4, 3, 2, 5)),
@@ -94,7 +104,7 @@ def test_a_batch_of_tasks_is_a_loop_over_them(name):
             assert relative_error(a[i], b) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d in groups, dilated", "batch norm 2d"])
+@pytest.mark.parametrize("name", ["conv2d", "conv2d in groups, dilated", "linear", "batch norm 2d"])
 def test_batches_of_batches(name):
     torch.manual_seed(0)
     layer, shape = CASES[name]

@@ -3,7 +3,8 @@
 from implicit_optim._layers._base import along_cotangents, recording
 from implicit_optim._layers._batch_norm import BATCH_NORMS
 from implicit_optim._layers._convolution import CONVOLUTIONS
+from implicit_optim._layers._linear import LINEARS
 
-STAND_INS = BATCH_NORMS | CONVOLUTIONS
+STAND_INS = BATCH_NORMS | CONVOLUTIONS | LINEARS
 
 __all__ = ["STAND_INS", "along_cotangents", "recording"]
