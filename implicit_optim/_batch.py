@@ -172,6 +172,8 @@ def pick(tree: Any, where: int | slice | tuple[int, ...]) -> Any:
 
 
 def _dims(tree: Any) -> Any:
+    if tree is None or isinstance(tree, Tensor):  # the usual case, without a walk
+        return None if tree is None else 0
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
 
 
@@ -191,9 +193,13 @@ def none_left(running: Tensor) -> bool:
     Returns:
         True if no task is running any more.
     """
-    if torch.compiler.is_compiling() or running.device.type == "meta" or is_batched(running):
-        return False
-    return not bool(running.any())
+    return _is_known(running) and not bool(running.any())
+
+
+def _is_known(mask: Tensor) -> bool:
+    """Whether a mask has numbers that a host can look at."""
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or mask.device.type == "meta" or is_batched(mask))
 
 
 def is_batched(x: Tensor) -> bool:
@@ -213,10 +219,11 @@ def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
 
     On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
     """
-    if surely_none(mask):
-        return old
-    if isinstance(new, Tensor) and surely_none(~mask):
-        return new
+    if _looking_is_free(mask) and _is_known(mask):
+        if isinstance(new, Tensor) and bool(mask.all()):
+            return new
+        if not bool(mask.any()):
+            return old
     return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
 
 

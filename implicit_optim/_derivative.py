@@ -58,7 +58,7 @@ def gradient(values: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Ten
     with _recording():
         x = x.detach().requires_grad_()
         each = values(x)
-        (slope,) = _grad([each.sum()], [x])
+        (slope,) = _grad([each], [x])
     return slope, each.detach()
 
 
@@ -81,7 +81,7 @@ def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
     with _recording(), twice_differentiable():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         each = values(pytree.tree_unflatten(leaves, spec))
-        slopes = _grad([each.sum()], leaves, create_graph=True)
+        slopes = _grad([each], leaves, create_graph=True)
 
     def product(direction: Any) -> Any:
         along = pytree.tree_leaves(direction)

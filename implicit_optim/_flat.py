@@ -118,8 +118,11 @@ class Layout:
         """
         batch = flat.shape[:-1]
         # One leaf needs no split, which would gather a sharded vector.
-        pieces = [flat] if len(self.shapes) == 1 else flat.split(self.sizes, dim=-1)
-        leaves = [p.reshape((*batch, *s)) for p, s in zip(pieces, self.shapes, strict=True)]
+        pieces = [flat] if len(self.shapes) == 1 else flat.split_with_sizes(self.sizes, dim=-1)
+        leaves = [
+            p if len(s) == 1 else p.reshape((*batch, *s))  # each view is one more step of a graph
+            for p, s in zip(pieces, self.shapes, strict=True)
+        ]
         return pytree.tree_unflatten(leaves, self.treespec)
 
 

@@ -163,7 +163,7 @@ class InnerProblem:
         if isinstance(self.objective, Equations):
             return self._residuals(phi, self.objective.residual)
         slope, term = gradient(self.rest, phi)[0], self.quadratic
-        return slope if term is None else slope + term.slope(phi)
+        return slope if term is None else term.add_slope(slope, phi)
 
     def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
         ravel = self.layout.ravel

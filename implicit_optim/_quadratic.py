@@ -125,9 +125,12 @@ class Quadratic:
         inner = _solve_definite(small, scaled.mT @ r.unsqueeze(-1))
         return r / self.lam - (scaled @ inner).squeeze(-1)
 
-    def slope(self, phi: Tensor) -> Tensor:
-        """``lam (phi - anchor)``."""
-        return self.mv(phi - self.anchor)
+    def add_slope(self, g: Tensor, phi: Tensor) -> Tensor:
+        """``g + lam (phi - anchor)``."""
+        offset = phi - self.anchor
+        if self.matrix or self.factor is not None:
+            return g + self.mv(offset)
+        return torch.addcmul(g, self.lam, offset)
 
     def values(self, phi: Tensor) -> Tensor:
         """``1/2 (phi - anchor) . lam (phi - anchor)``, ``[*batch]``."""
