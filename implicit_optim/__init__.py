@@ -48,9 +48,19 @@ from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import inverse_proximal, proximal
 from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn
 from implicit_optim._running_stats import RunningStats
-from implicit_optim._search import Armijo, FixedStep, Search
+from implicit_optim._search import Armijo, FixedStep, Line, Search
 from implicit_optim._solution import Solution, Status
-from implicit_optim._solver import Evaluation, Solver, agd, from_torch, gd, newton_cg
+from implicit_optim._solver import (
+    Evaluation,
+    Solver,
+    agd,
+    from_torch,
+    gd,
+    lbfgs,
+    newton_cg,
+    nonlinear_cg,
+)
+from implicit_optim._strong_wolfe import StrongWolfe
 from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG
 
 __version__ = "0.1.0"
@@ -80,6 +90,7 @@ __all__ = [
     "InnerProblem",
     "Jacobian",
     "Layout",
+    "Line",
     "LinearSolver",
     "Linearized",
     "LowRank",
@@ -107,6 +118,7 @@ __all__ = [
     "SolveWarning",
     "Solver",
     "Status",
+    "StrongWolfe",
     "Sum",
     "Truncated",
     "Unrolled",
@@ -118,8 +130,10 @@ __all__ = [
     "from_torch",
     "gd",
     "inverse_proximal",
+    "lbfgs",
     "linear_solve",
     "minimize",
     "newton_cg",
+    "nonlinear_cg",
     "proximal",
 ]

@@ -274,7 +274,10 @@ def _count_tasks(name: str, episode: Episode) -> int:
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (nn.Module, "an nn.Module"),
-    "solver": (Solver, "gd(...), agd(...), newton_cg(...) or from_torch(...)"),
+    "solver": (
+        Solver,
+        "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or from_torch(...)",
+    ),
     "meta_gradient": (
         MetaGradient,
         "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",

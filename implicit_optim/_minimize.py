@@ -40,7 +40,7 @@ def minimize(
         init: start, a tensor or pytree of tensors ``[*batch, *shape]``.
         theta: tensor or pytree that all tasks share.
         *data: pytrees of tensors ``[*batch, ...]``.
-        solver: ``gd``, ``agd``, ``newton_cg`` or ``from_torch(...)``.
+        solver: ``gd``, ``agd``, ``nonlinear_cg``, ``lbfgs``, ``newton_cg`` or ``from_torch(...)``.
         batch_ndim: how many leading dimensions of init and data count tasks.
         seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed.
             Default: drawing is an error.
@@ -74,7 +74,8 @@ def minimize(
     """
     if not isinstance(solver, Solver):
         raise TypeError(
-            f"solver must be gd(...), agd(...), newton_cg(...) or from_torch(...), got {solver!r}"
+            "solver must be gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or "
+            f"from_torch(...), got {solver!r}"
         )
     if isinstance(objective, Equations):
         raise TypeError(
@@ -137,7 +138,7 @@ def run(
             break
         recorded = record and k >= graph_from
         with torch.set_grad_enabled(recorded):
-            at = solver.evaluate(problem, phi)
+            at = solver.known(state) or solver.evaluate(problem, phi)
         now = norm(at.grad)
         first_norm = now if k == 0 else first_norm
         grad_norm = where(running, now, grad_norm)
@@ -146,6 +147,8 @@ def run(
             if last or (k % solver.check_every == 0 and none_left(running)):
                 stop(~(now < math.inf), Status.NONFINITE)
                 break
+        if solver.uses_value:  # a task that has stopped asks for no direction and no trial of a search
+            at = at._replace(grad=where(~running, 0.0, at.grad))
         with torch.set_grad_enabled(recorded):
             proposal, state, found = solver.step(problem, phi, at, state)
         stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)

@@ -1,4 +1,4 @@
-"""Step lengths along a search direction, one per task."""
+"""Step lengths along a search direction, one per task: the interface, and the simple ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,66 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit_optim._batch import none_left
+from implicit_optim._inner_problem import InnerProblem
 
 Scalars = Float[Tensor, "*batch"]
+
+
+class Line:
+    """The objective along one direction a task: ``t -> F(phi + t d)``, and its slope there.
+
+    Args:
+        direction: d, ``[*batch, n]``.
+        values: ``t [*batch]`` to ``F(phi + t d) [*batch]``.
+        grads_and_values: t to ``grad F [*batch, n]`` and ``F [*batch]`` there.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> phi = torch.tensor([1.0])
+        >>> problem = iopt.InnerProblem.bind(lambda phi, theta: phi @ phi, phi, ())
+        >>> line = iopt.Line.of(problem, phi, torch.tensor([-1.0]))
+        >>> line(torch.tensor(0.5)).item()
+        0.25
+        >>> [x.item() for x in line.value_and_slope(torch.tensor(0.5))]
+        [0.25, -1.0]
+    """
+
+    def __init__(
+        self,
+        direction: Float[Tensor, "*batch n"],
+        values: Callable[[Scalars], Scalars],
+        grads_and_values: Callable[[Scalars], tuple[Float[Tensor, "*batch n"], Scalars]],
+    ) -> None:
+        self.direction, self._values, self._grads_and_values = direction, values, grads_and_values
+        self._last: tuple[Scalars, Scalars, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        problem: InnerProblem,
+        phi: Float[Tensor, "*batch n"],
+        direction: Float[Tensor, "*batch n"],
+    ) -> Line:
+        """The line from phi along the direction."""
+        point = lambda t: phi + t.unsqueeze(-1) * direction  # noqa: E731
+        values = lambda t: problem.values(point(t))  # noqa: E731
+        return cls(direction, values, lambda t: problem.grad_and_value(point(t)))
+
+    def __call__(self, t: Scalars) -> Scalars:
+        """``F(phi + t d)``, ``[*batch]``."""
+        return self._values(t)
+
+    def value_and_slope(self, t: Scalars) -> tuple[Scalars, Scalars]:
+        """``F(phi + t d)`` and its slope ``grad F . d``, ``[*batch]`` each, for one gradient."""
+        grad, value = self._grads_and_values(t)
+        self._last = (t, value, grad)
+        return value, torch.linalg.vecdot(grad, self.direction)
+
+    def known(self, t: Scalars) -> tuple[Scalars, Float[Tensor, "*batch n"]] | None:
+        """Value and gradient at ``t``, if the last slopes were asked for at this very tensor."""
+        if self._last is None or self._last[0] is not t:
+            return None
+        return self._last[1:]
 
 
 class Search(abc.ABC):
@@ -33,12 +91,13 @@ class Search(abc.ABC):
 
     @abc.abstractmethod
     def search(
-        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
+        self, along: Line, value: Scalars, slope: Scalars
     ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
         """Find a step per task.
 
         Args:
-            along: ``t -> F(phi + t d)`` for every task, ``[*batch]`` to ``[*batch]``.
+            along: ``t -> F(phi + t d)`` for every task, ``[*batch]`` to ``[*batch]``; its method
+                ``value_and_slope`` returns the slope as well.
             value: ``F(phi)``, ``[*batch]``.
             slope: directional derivative ``grad F . d`` at phi, ``[*batch]``, negative.
 

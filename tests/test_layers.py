@@ -39,6 +39,7 @@ LAYERS = {
     "_linear_solver": 3,
     "_linear_solve": 3,
     "_search": 4,
+    "_strong_wolfe": 4,
     "_solver": 4,
     "_minimize": 4,
     "_implicit": 5,

@@ -20,11 +20,14 @@ from implicit_optim import (
     LinearSolver,
     Solution,
     Status,
+    StrongWolfe,
     agd,
     from_torch,
     gd,
+    lbfgs,
     minimize,
     newton_cg,
+    nonlinear_cg,
 )
 from problems import BATCHES, CONVEX, indefinite, logistic, quadratic, ridge, tanh_mlp, vector_lam
 
@@ -38,6 +41,8 @@ CONVERGING = {
     "newton_cg, 2 CG steps": lambda mu, L: newton_cg(
         linear_solver=CG(max_steps=2), max_steps=500, tol=1e-9
     ),
+    "lbfgs": lambda mu, L: lbfgs(tol=1e-9),
+    "nonlinear_cg": lambda mu, L: nonlinear_cg(max_steps=500, tol=1e-9),
     "LBFGS": lambda mu, L: from_torch(
         torch.optim.LBFGS,
         max_steps=50,
@@ -51,12 +56,17 @@ CONVERGING = {
     ),
     "Adam": lambda mu, L: from_torch(torch.optim.Adam, lr=0.02, max_steps=4000, tol=1e-7),
 }
+FEW = StrongWolfe(c2=0.5, max_trials=5)  # under vmap every trial is made
 RULES = {
     "gd": gd(lr=0.1, max_steps=7),
     "agd": agd(lr=0.1, momentum=0.7, max_steps=7),
     "newton_cg": newton_cg(linear_solver=CG(max_steps=2), max_steps=3),
     "newton_cg, tol": newton_cg(linear_solver=CG(rtol=1e-8), tol=1e-6),
     "gd, tol": gd(lr=0.3, max_steps=100, tol=1e-2),
+    "lbfgs": lbfgs(memory=2, max_steps=5),
+    "lbfgs, tol": lbfgs(line_search=FEW, max_steps=15, tol=1e-6),
+    "nonlinear_cg": nonlinear_cg(max_steps=3),
+    "nonlinear_cg, tol": nonlinear_cg(line_search=FEW, max_steps=15, tol=1e-4),
 }
 
 
@@ -304,7 +314,9 @@ def test_a_line_search_that_fails_is_reported_and_keeps_the_iterate():
 
 
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-@pytest.mark.parametrize("solver", ["gd", "agd", "newton_cg", "newton_cg, 2 CG steps"])
+@pytest.mark.parametrize(
+    "solver", ["gd", "agd", "newton_cg", "newton_cg, 2 CG steps", "lbfgs", "nonlinear_cg"]
+)
 @pytest.mark.parametrize("name", CONVEX)
 def test_every_rule_reaches_the_minimiser(name, solver, batch):
     problem = CONVEX[name](batch)
@@ -345,7 +357,7 @@ def test_a_bad_condition(kappa, make):
     assert (value - problem.minimiser).norm() <= 1.01e-9 / mu
 
 
-@pytest.mark.parametrize("solver", ["gd", "agd", "newton_cg"])
+@pytest.mark.parametrize("solver", ["gd", "agd", "newton_cg", "lbfgs", "nonlinear_cg"])
 def test_tol_stops_every_task_at_its_own_step(solver):
     tol = 1e-3
     problem = logistic((4,), lam=0.3)
@@ -353,6 +365,8 @@ def test_tol_stops_every_task_at_its_own_step(solver):
         "gd": lambda **s: gd(lr=0.5, **s),
         "agd": lambda **s: agd(lr=0.5, momentum=0.3, **s),
         "newton_cg": lambda **s: newton_cg(linear_solver=CG(max_steps=1), **s),
+        "lbfgs": lbfgs,
+        "nonlinear_cg": functools.partial(nonlinear_cg, line_search=FEW),
     }[solver]
     value, status, stats = run(problem, make(max_steps=200, tol=tol))
     steps = stats["steps"].tolist()
@@ -379,7 +393,7 @@ def test_a_converged_start_takes_no_step():
     assert torch.equal(value[[0, 2]], init[[0, 2]])
 
 
-@pytest.mark.parametrize("name", ["gd", "agd", "newton_cg"])
+@pytest.mark.parametrize("name", ["gd", "agd", "newton_cg", "lbfgs", "nonlinear_cg"])
 def test_a_fixed_number_of_steps_is_success(name):
     problem = logistic((3,))
     value, status, stats = run(problem, RULES[name])
@@ -419,7 +433,7 @@ def test_no_steps(solver):
     assert stats["steps"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("make", [lambda **s: gd(lr=0.1, **s), newton_cg])
+@pytest.mark.parametrize("make", [lambda **s: gd(lr=0.1, **s), newton_cg, lbfgs, nonlinear_cg])
 def test_no_steps_with_a_tolerance(make):
     problem = quadratic(10.0, (3,))
     init = problem.init.clone()
@@ -463,6 +477,10 @@ def test_divergence_is_flagged_and_stays_with_its_task(rule, tol):
         agd(lr=0.1, max_steps=5, tol=1e-9),
         newton_cg(max_steps=2),
         newton_cg(max_steps=2, line_search=FixedStep(), linear_solver=CG(rtol=1e-8)),
+        lbfgs(max_steps=4),
+        lbfgs(max_steps=20, tol=1e-6),
+        nonlinear_cg(max_steps=4),
+        nonlinear_cg(max_steps=20, tol=1e-4),
         from_torch(torch.optim.Adam, lr=0.1, max_steps=5),
         from_torch(torch.optim.LBFGS, max_steps=2),
         from_torch(torch.optim.LBFGS, max_steps=2, line_search_fn="strong_wolfe"),
@@ -554,7 +572,7 @@ def test_under_vmap_over_a_batch(rule):
     assert torch.equal(got.stats["steps"], expected.stats["steps"])
 
 
-@pytest.mark.parametrize("rule", ["gd", "agd", "newton_cg"])
+@pytest.mark.parametrize("rule", ["gd", "agd", "newton_cg", "lbfgs", "nonlinear_cg"])
 def test_under_vmap_over_theta(rule):
     problem = vector_lam()
     anchor, lam = problem.theta
@@ -740,7 +758,9 @@ def test_the_value_does_not_share_memory_with_the_start(solver):
     assert value.untyped_storage().data_ptr() != problem.init.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("solver", [gd(lr=0.5, max_steps=60), newton_cg(max_steps=2)])
+@pytest.mark.parametrize(
+    "solver", [gd(lr=0.5, max_steps=60), newton_cg(max_steps=2), lbfgs(), nonlinear_cg()]
+)
 def test_scalar_parameters(solver):
     def objective(phi, theta):
         return (phi["a"] - theta) ** 2 + (phi["b"] + 1).square().sum()
@@ -759,7 +779,8 @@ def test_scalar_parameters(solver):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_keeps_the_dtype(dtype):
     init, theta = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
-    for solver in (gd(lr=0.5), newton_cg(max_steps=2), from_torch(torch.optim.Adam, max_steps=2)):
+    ours = gd(lr=0.5), newton_cg(max_steps=2), lbfgs(max_steps=2), nonlinear_cg(max_steps=2)
+    for solver in (*ours, from_torch(torch.optim.Adam, max_steps=2)):
         value, _, stats = minimize(parabolas, init, theta, 2.0, solver=solver)
         assert value.dtype == stats["grad_norm"].dtype == dtype
 
@@ -785,6 +806,9 @@ def test_keeps_the_dtype(dtype):
         (lambda: agd(lr=0.1, tol=-1.0), "Invalid tol: -1.0"),
         (lambda: newton_cg(max_steps=-2), "Invalid max_steps: -2"),
         (lambda: newton_cg(tol=math.inf), "Invalid tol: inf"),
+        (lambda: lbfgs(memory=0), "Invalid memory: 0: it must be >= 1"),
+        (lambda: lbfgs(max_steps=-2), "Invalid max_steps: -2"),
+        (lambda: nonlinear_cg(tol=math.inf), "Invalid tol: inf"),
         (lambda: from_torch(torch.optim.SGD, max_steps=-1, lr=0.1), "Invalid max_steps: -1"),
         (lambda: from_torch(torch.optim.SGD, max_steps=1, tol=-1.0), "Invalid tol: -1.0"),
     ],
@@ -794,7 +818,7 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-@pytest.mark.parametrize("make", [gd, agd, newton_cg])
+@pytest.mark.parametrize("make", [gd, agd, newton_cg, lbfgs, nonlinear_cg])
 def test_settings_have_names(make):
     with pytest.raises(TypeError, match="positional argument"):
         make(0.1)
@@ -802,7 +826,7 @@ def test_settings_have_names(make):
 
 def test_solver_must_be_one():
     with pytest.raises(
-        TypeError, match=r"solver must be gd\(...\), agd\(...\), newton_cg\(...\) or"
+        TypeError, match=r"solver must be gd\(...\), agd\(...\), nonlinear_cg\(...\), lbfgs\(...\)"
     ):
         run(quadratic(), torch.optim.SGD)
 
@@ -862,8 +886,10 @@ def test_newton_cg_takes_five_cg_steps_by_default_as_in_the_paper():
         gd(lr=0.5, max_steps=200, tol=1e-6),
         newton_cg(linear_solver=EXACT, tol=1e-6),
         from_torch(torch.optim.SGD, lr=0.5, max_steps=200, tol=1e-6),
+        lbfgs(tol=1e-6),
+        nonlinear_cg(tol=1e-6),
     ],
-    ids=["gd", "newton_cg", "from_torch"],
+    ids=["gd", "newton_cg", "from_torch", "lbfgs", "nonlinear_cg"],
 )
 def test_looking_less_often_changes_nothing_but_the_looks(solver, monkeypatch):
     problem = logistic(batch=(3,))

@@ -51,6 +51,8 @@ def solving() -> None:
     x, y, theta = torch.zeros(20, 3), torch.zeros(20), torch.tensor(0.0)
     solution = iopt.minimize(ridge, torch.zeros(3), theta, x, y, solver=iopt.gd(lr=0.1))
     assert_type(solution, iopt.Solution)
+    for solver in (iopt.lbfgs(tol=1e-6), iopt.nonlinear_cg(line_search=iopt.StrongWolfe(c2=0.1))):
+        iopt.minimize(ridge, torch.zeros(3), theta, x, y, solver=solver)
     assert_type(solution.status, Tensor)
     assert_type(solution.stats, dict[str, Tensor])
     assert_type(solution.summary(), str)

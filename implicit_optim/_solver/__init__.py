@@ -4,6 +4,17 @@ from implicit_optim._solver._agd import agd
 from implicit_optim._solver._base import Evaluation, Solver
 from implicit_optim._solver._from_torch import from_torch
 from implicit_optim._solver._gd import gd
+from implicit_optim._solver._lbfgs import lbfgs
 from implicit_optim._solver._newton_cg import newton_cg
+from implicit_optim._solver._nonlinear_cg import nonlinear_cg
 
-__all__ = ["Evaluation", "Solver", "agd", "from_torch", "gd", "newton_cg"]
+__all__ = [
+    "Evaluation",
+    "Solver",
+    "agd",
+    "from_torch",
+    "gd",
+    "lbfgs",
+    "newton_cg",
+    "nonlinear_cg",
+]

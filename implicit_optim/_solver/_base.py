@@ -12,6 +12,7 @@ from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._operator import Linearized
+from implicit_optim._search import Line, Search
 
 
 class Evaluation(NamedTuple):
@@ -90,6 +91,10 @@ class Solver(abc.ABC):
         """The rule's state: a tuple of tensors ``[*batch, ...]``, or of objects that it owns."""
         return ()
 
+    def known(self, state: State) -> Evaluation | None:
+        """The evaluation at the last proposal, where the step has made it; it saves ``evaluate``."""
+        return None
+
     @abc.abstractmethod
     def step(
         self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
@@ -106,6 +111,34 @@ class Solver(abc.ABC):
             The next iterate ``[*batch, n]``, the next state, and whether each task found a step,
             bool ``[*batch]`` (``None``: all did).
         """
+
+
+def move(
+    problem: InnerProblem,
+    phi: Float[Tensor, "*batch n"],
+    at: Evaluation,
+    direction: Float[Tensor, "*batch n"],
+    slope: Float[Tensor, "*batch"],
+    line_search: Search,
+) -> tuple[Tensor, Tensor, Tensor, Evaluation | None]:
+    """``phi + t d`` with t from the line search.
+
+    Returns:
+        The next iterate ``[*batch, n]``, t and whether it was found ``[*batch]``, and the evaluation at
+        the next iterate where the search has made it.
+    """
+    assert at.value is not None
+    line = Line.of(problem, phi, direction)
+    t, found = line_search.search(line, at.value, slope)
+    known = line.known(t)
+    evaluation = None if known is None else Evaluation(*known)
+    return phi + t.unsqueeze(-1) * direction, t, found, evaluation
+
+
+def check_search(line_search: Search) -> None:
+    """Raise if this is no line search."""
+    if not isinstance(line_search, Search):
+        raise TypeError(f"line_search must be StrongWolfe(...) or Armijo(...), got {line_search!r}")
 
 
 def check_lr(lr: float | Tensor) -> None:

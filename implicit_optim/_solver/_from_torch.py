@@ -48,7 +48,7 @@ class _FromTorch(Solver):
         if any(isinstance(t, Tensor) and is_batched(t) for t in tensors):
             raise ValueError(
                 "from_torch cannot run under vmap, because torch.optim classes change tensors in place: "
-                "give the batch to minimize as batch_ndim=1, or use gd, agd or newton_cg"
+                "give the batch to minimize as batch_ndim=1, or use gd, agd, lbfgs or newton_cg"
             )
         if self.elementwise:
             parameter = nn.Parameter(phi.clone())

@@ -13,7 +13,7 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
-from implicit_optim._solver._base import Evaluation, Solver, State
+from implicit_optim._solver._base import Evaluation, Solver, State, move
 from implicit_optim._vectors import dot
 
 
@@ -97,9 +97,7 @@ class newton_cg(Solver):
         self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
     ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
         """One Newton step."""
-        assert at.operator is not None and at.value is not None
+        assert at.operator is not None
         direction, slope, _ = newton_direction(at.operator, at.grad, self.linear_solver)
-        t, found = self.line_search.search(
-            lambda t: problem.values(phi + t.unsqueeze(-1) * direction), at.value, slope
-        )
-        return phi + t.unsqueeze(-1) * direction, state, found
+        proposal, _, found, _ = move(problem, phi, at, direction, slope, self.line_search)
+        return proposal, state, found

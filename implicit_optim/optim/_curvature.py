@@ -31,17 +31,22 @@ def _pull(of: Tensor, at: Tensors, cotangent: Any = None, graph: bool = False) -
     return [torch.zeros_like(x) if g is None else g for x, g in zip(at, grads, strict=True)]
 
 
+def gradient(loss: Tensor, params: Tensors, layout: Layout) -> Tensor:
+    """The gradient alone, flat."""
+    return layout.ravel(_pull(loss, params))
+
+
 def hessian(loss: Tensor, params: Tensors, layout: Layout) -> tuple[Tensor, Product]:
     """Gradient, and products by one pull-back through its graph."""
-    gradient = layout.ravel(_pull(loss, params, graph=True))
-    return gradient, lambda x: layout.ravel(_pull(gradient, params, x))
+    slope = layout.ravel(_pull(loss, params, graph=True))
+    return slope, lambda x: layout.ravel(_pull(slope, params, x))
 
 
 def gauss_newton(
     loss: Tensor, output: Tensor, params: Tensors, layout: Layout
 ) -> tuple[Tensor, Product]:
     """Gradient, and products ``J^T H_out J``; J is the transpose of a transpose (double vjp)."""
-    gradient = layout.ravel(_pull(loss, params))
+    at = gradient(loss, params, layout)
     if not output.requires_grad:
         raise RuntimeError(_NO_GRAPH)
     (slope,) = _pull(loss, [output], graph=True)
@@ -53,4 +58,4 @@ def gauss_newton(
         (bent,) = _pull(slope, [output], push)
         return layout.ravel(_pull(output, params, bent))
 
-    return gradient, product
+    return at, product

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from implicit_optim._flat import Layout
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
-from implicit_optim._search import Armijo, Search
+from implicit_optim._search import Armijo, Line, Search
 from implicit_optim._solution import Status
 from implicit_optim._solver._newton_cg import newton_direction
-from implicit_optim.optim._curvature import Tensors, gauss_newton, hessian
-from implicit_optim.optim._gd import check_real, check_tensor_lr
+from implicit_optim.optim._curvature import Tensors, gauss_newton, gradient, hessian
+from implicit_optim.optim._gd import check_tensor_lr
+from implicit_optim.optim._joint import Closure, Joint, write
 
 _CG = CG(max_steps=5)
 _ARMIJO = Armijo()
-_SETTINGS = ("linear_solver", "line_search", "curvature")  # objects: pickled, not in state_dict
-
-Closure = Callable[[], Any]
 
 
-class NewtonCG(Optimizer):
+class NewtonCG(Joint):
     """Newton's method with directions from conjugate gradients and a line search.
 
     ``d = -(A + damping I)^-1 grad`` by CG, ``params <- params + t d`` with t from the search. A is
@@ -34,7 +31,8 @@ class NewtonCG(Optimizer):
     one step with enough CG iterations reaches the minimiser.
 
     Unlike LBFGS's, the closure must **not** call ``backward()``: it returns the loss, of the same
-    data each time it is called. It runs once with a graph, and once a trial of the search without.
+    data each time it is called. It runs once with a graph, and once a trial of the search without
+    (with one for ``StrongWolfe``, which asks for slopes).
     ``.grad`` is neither read nor changed. What happened is in ``state`` of the first parameter:
 
     - ``"n_iter"``: calls of ``step`` so far.
@@ -78,6 +76,8 @@ class NewtonCG(Optimizer):
     Schraudolph 2002, section 3 (Gauss-Newton products).
     """
 
+    _settings = ("linear_solver", "line_search", "curvature")
+
     def __init__(
         self,
         params: ParamsT,
@@ -101,35 +101,10 @@ class NewtonCG(Optimizer):
         self.curvature = curvature
         super().__init__(params, {"lr": lr, "damping": damping, "maximize": maximize})
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _SETTINGS}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("damping", 0.0)
-            group.setdefault("maximize", False)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the one group of parameters, as the constructor does.
-
-        Raises:
-            TypeError: a parameter is complex.
-            ValueError: there is a group already.
-        """
-        if self.param_groups:
-            raise ValueError(
-                "NewtonCG takes one parameter group, because it solves for all parameters "
-                "together: give all of them in one list"
-            )
-        super().add_param_group(param_group)
-        check_real(self, self.param_groups[0]["params"])
-
-    @property
-    def status(self) -> Status | None:
-        """How the last step went, ``None`` before the first; its ``message`` says what to try."""
-        code = self.state.get(self.param_groups[0]["params"][0], {}).get("status")
-        return None if code is None else Status(code)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -150,10 +125,7 @@ class NewtonCG(Optimizer):
         if closure is None:
             raise RuntimeError("NewtonCG needs a closure that returns the loss: opt.step(closure)")
         group = self.param_groups[0]
-        params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
-        if not params:
-            raise RuntimeError("all parameters are frozen: unfreeze one with requires_grad_(True)")
-        layout = Layout.of(params, name="params")
+        params, layout = self._parameters()
         held = [p.grad for p in params]
         for p in params:
             p.grad = None
@@ -172,9 +144,7 @@ class NewtonCG(Optimizer):
             for p, grad in zip(params, held, strict=True):
                 p.grad = grad
 
-        state = self.state[group["params"][0]]
-        state["n_iter"] = state.get("n_iter", 0) + 1
-        state.update(grad_norm=grad_norm, step_length=length, status=int(status))
+        self._tell(grad_norm, length, status)
         return -at.value if group["maximize"] else at.value
 
     def _linearize(self, closure: Closure, params: Tensors, layout: Layout) -> Linearized:
@@ -202,16 +172,19 @@ class NewtonCG(Optimizer):
         start = layout.ravel(params).clone()
         end = start
 
-        def write(flat: Tensor) -> None:
-            for p, value in zip(params, layout.unravel(flat), strict=True):
-                p.copy_(value)
-
-        def along(t: Tensor) -> Tensor:
-            write(start + t * direction)
+        def value(t: Tensor) -> Tensor:
+            write(params, layout, start + t * direction)
             return self._read(closure())[0]
 
+        def grad_and_value(t: Tensor) -> tuple[Tensor, Tensor]:
+            write(params, layout, start + t * direction)
+            with torch.enable_grad():
+                loss = self._read(closure())[0]
+            return gradient(loss, params, layout), loss.detach()
+
         try:
-            t, found = self.line_search.search(along, at.value, slope)
+            line = Line(direction, value, grad_and_value)
+            t, found = self.line_search.search(line, at.value, slope)
             proposal = start + t * direction
             if not found:
                 return 0.0, Status.LINE_SEARCH
@@ -220,7 +193,7 @@ class NewtonCG(Optimizer):
             end = proposal
             return float(lr * t), Status(int(status))
         finally:  # also where the closure raises: the parameters never stay at a trial point
-            write(end)
+            write(params, layout, end)
 
     def _read(self, result: Any) -> tuple[Tensor, Tensor | None]:
         """What is minimised, 0-d, and the output, from what the closure returned."""
