@@ -61,7 +61,7 @@ from implicit_optim._solver import (
     nonlinear_cg,
 )
 from implicit_optim._strong_wolfe import StrongWolfe
-from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG
+from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG
 
 __version__ = "0.1.0"
 
@@ -100,6 +100,7 @@ __all__ = [
     "NesterovAGD",
     "Neumann",
     "NewtonCG",
+    "NonlinearCG",
     "Objective",
     "Operator",
     "Product",

@@ -73,3 +73,4 @@ def optimizers() -> None:
     optimizer.zero_grad()
     torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
     iopt.GD(net.parameters(), lr=0.1).step()
+    iopt.NonlinearCG(net.parameters(), line_search=iopt.StrongWolfe(c2=0.1))

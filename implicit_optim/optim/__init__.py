@@ -3,5 +3,6 @@
 from implicit_optim.optim._agd import AGD, NesterovAGD
 from implicit_optim.optim._gd import GD
 from implicit_optim.optim._newton_cg import NewtonCG
+from implicit_optim.optim._nonlinear_cg import NonlinearCG
 
-__all__ = ["AGD", "GD", "NesterovAGD", "NewtonCG"]
+__all__ = ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG"]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.optim import lr_scheduler
 
 from implicit_optim import CG, FixedStep, GaussNewton, Status
-from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, __all__
+from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG, __all__
 
-CLASSES = [GD, NesterovAGD, NewtonCG]
+CLASSES = [GD, NesterovAGD, NewtonCG, NonlinearCG]
+JOINT = (NewtonCG, NonlinearCG)  # one group, one flat vector
 FIRST_ORDER = [GD, NesterovAGD]
 each = pytest.mark.parametrize("cls", CLASSES)
 each_first_order = pytest.mark.parametrize("cls", FIRST_ORDER)
@@ -27,7 +28,7 @@ def network(dtype=torch.float64):
 
 
 def make(cls, params, **settings):
-    if cls is not NewtonCG:
+    if cls not in JOINT:
         settings = {"lr": 0.2, **settings}
     return cls(params, **settings)
 
@@ -66,7 +67,7 @@ def saved(state):
 
 
 def test_public_names():
-    assert __all__ == sorted(__all__) == ["AGD", "GD", "NesterovAGD", "NewtonCG"]
+    assert __all__ == sorted(__all__) == ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG"]
     assert all(issubclass(c, torch.optim.Optimizer) for c in (AGD, *CLASSES))
 
 
@@ -86,7 +87,7 @@ def test_a_run_resumed_from_a_file_is_the_uninterrupted_one(cls):
     fresh.load_state_dict(checkpoint["opt"])
     assert torch.equal(train(fresh, other, 3), whole)
     assert torch.equal(train(opt, net, 3), whole)
-    if cls is NewtonCG:
+    if cls in JOINT:
         assert fresh.state[other[0].weight]["n_iter"] == 6
 
 
@@ -117,7 +118,7 @@ def test_a_state_from_before_an_option_existed(cls):
         state["param_groups"][0].pop(name, None)
     opt.load_state_dict(state)
     expected = {GD: {"foreach": None}, NesterovAGD: {"foreach": None}, NewtonCG: {"damping": 0.0}}
-    assert {"maximize": False, **expected[cls]}.items() <= opt.param_groups[0].items()
+    assert {"maximize": False, **expected.get(cls, {})}.items() <= opt.param_groups[0].items()
     twin = network()
     assert torch.equal(train(opt, net, 2), train(make(cls, twin.parameters()), twin, 4))
 
@@ -173,7 +174,7 @@ def test_step_returns_the_loss_at_the_start(cls):
     assert loss().item() < expected
 
 
-@each
+@pytest.mark.parametrize("cls", [GD, NesterovAGD, NewtonCG])
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [
@@ -234,12 +235,13 @@ def test_add_param_group(cls, foreach):
     assert [g["lr"] for g in opt.param_groups] == [0.1, 0.3]
 
 
-def test_newton_cg_has_one_group():
+@pytest.mark.parametrize("cls", JOINT)
+def test_it_has_one_group(cls):
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
     with pytest.raises(ValueError, match="give all of them in one list"):
-        NewtonCG([{"params": [a]}, {"params": [b]}])
-    opt = NewtonCG([a])
-    with pytest.raises(ValueError, match="takes one parameter group"):
+        cls([{"params": [a]}, {"params": [b]}])
+    opt = cls([a])
+    with pytest.raises(ValueError, match=f"{cls.__name__} takes one parameter group"):
         opt.add_param_group({"params": [b]})
     assert len(opt.param_groups) == 1
     assert opt.status is None
@@ -274,7 +276,7 @@ def test_dtype_stays(cls, dtype):
     assert F.cross_entropy(net(X.to(dtype)), Y).item() < before - 0.01
     tensors = [v for s in opt.state.values() for v in s.values() if torch.is_tensor(v)]
     assert all(v.dtype == dtype for v in tensors)
-    assert len(tensors) == (4 if cls is NesterovAGD else 0)
+    assert len(tensors) == {NesterovAGD: 4, NonlinearCG: 3}.get(cls, 0)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -326,13 +328,15 @@ def test_tied_parameters_move_once(cls):
     assert len(list(net.parameters())) == 3
     start = flat(net.parameters())
     x = torch.eye(3, dtype=torch.float64)
-    settings = {"line_search": FixedStep(1.0), "linear_solver": CG(max_steps=1), "damping": 9.0}
-    opt = make(cls, net.parameters(), **(settings if cls is NewtonCG else {}))
+    settings = {NonlinearCG: {"line_search": FixedStep(0.1)}}
+    settings[NewtonCG] = {"line_search": FixedStep(1.0), "linear_solver": CG(max_steps=1)}
+    settings[NewtonCG]["damping"] = 9.0
+    opt = make(cls, net.parameters(), **settings.get(cls, {}))
     loss = net(x).square().sum() / 2
     grad = flat(torch.autograd.grad(loss, list(net.parameters())))
     step(opt, lambda: net(x).square().sum() / 2)
     moved = flat(net.parameters()) - start
-    if cls is NewtonCG:
+    if cls in JOINT:
         length = moved.norm() / grad.norm()
         assert 0 < length < 1
     else:
@@ -451,6 +455,8 @@ def p():
         (lambda: NewtonCG([p()], linear_solver=CG), TypeError, "expected a LinearSolver object"),
         (lambda: NewtonCG([p()], line_search="armijo"), TypeError, "expected a Search object"),
         (lambda: NewtonCG([p()], curvature="hessian"), TypeError, "Hessian or GaussNewton"),
+        (lambda: NonlinearCG([p()], lr=-1.0), ValueError, "Invalid lr: -1.0"),
+        (lambda: NonlinearCG([p()], line_search=1), TypeError, "must be StrongWolfe"),
         (lambda: GD([], lr=0.1), ValueError, "empty parameter list"),
         (lambda: GD(p(), lr=0.1), TypeError, "an iterable of Tensors"),
         (lambda: GD([p()], lr=0.1, momentum=0.9), TypeError, "momentum"),
@@ -467,7 +473,7 @@ def test_complex_parameters(cls):
     x = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     with pytest.raises(TypeError, match="torch.view_as_real"):
         make(cls, [x])
-    if cls is not NewtonCG:
+    if cls not in JOINT:
         opt = make(cls, [p()])
         with pytest.raises(TypeError, match=f"{cls.__name__} does not take complex parameters"):
             opt.add_param_group({"params": [x]})

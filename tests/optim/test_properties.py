@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from implicit_optim import CG
-from implicit_optim.optim import GD, NesterovAGD, NewtonCG
+from implicit_optim.optim import GD, NesterovAGD, NewtonCG, NonlinearCG
 
 F64 = torch.float64
 shapes = st.lists(st.lists(st.integers(0, 3), max_size=3).map(tuple), min_size=1, max_size=4)
+JOINT = NewtonCG, NonlinearCG
 classes = st.sampled_from([GD, NesterovAGD])
 
 
@@ -27,14 +28,19 @@ def loss(params):
     return total
 
 
+def backward(opt, params):
+    opt.zero_grad()
+    value = loss(params)
+    value.backward()
+    return value
+
+
 def walk(opt, params, steps):
     for _ in range(steps):
         if isinstance(opt, NewtonCG):
             opt.step(lambda: loss(params))
         else:
-            opt.zero_grad()
-            loss(params).backward()
-            opt.step()
+            opt.step(lambda: backward(opt, params))
     return [p.detach().clone() for p in params]
 
 
@@ -62,13 +68,13 @@ def test_foreach_equals_single(cls, shapes, seed, maximize, dtype, tensor_lr):
 
 
 @given(
-    cls=st.sampled_from([GD, NesterovAGD, NewtonCG]),
+    cls=st.sampled_from([GD, NesterovAGD, *JOINT]),
     shapes=shapes,
     seed=st.integers(0, 99),
     cut=st.integers(0, 5),
 )
 def test_interrupted_equals_uninterrupted(cls, shapes, seed, cut):
-    settings = {} if cls is NewtonCG else {"lr": 0.03}
+    settings = {} if cls in JOINT else {"lr": 0.03}
     whole = leaves(shapes, seed)
     expected = walk(cls(whole, **settings), whole, 5)
     first = leaves(shapes, seed)
@@ -80,7 +86,7 @@ def test_interrupted_equals_uninterrupted(cls, shapes, seed, cut):
     for a, b in zip(walk(resumed, second, 5 - cut), expected, strict=True):
         assert torch.equal(a, b)
     state = resumed.state[second[0]]
-    if cls is NewtonCG:
+    if cls in JOINT:
         assert state["n_iter"] == 5
     if cls is NesterovAGD:
         assert torch.equal(state["x"], walkx(shapes, seed))
@@ -95,14 +101,15 @@ def walkx(shapes, seed):
 
 
 @given(
-    cls=st.sampled_from([GD, NesterovAGD, NewtonCG]),
+    cls=st.sampled_from([GD, NesterovAGD, *JOINT]),
     shapes=shapes,
     seed=st.integers(0, 99),
     data=st.data(),
 )
 def test_the_order_of_the_parameters_does_not_matter(cls, shapes, seed, data):
     order = data.draw(st.permutations(range(len(shapes))))
-    settings = {"linear_solver": CG(max_steps=6)} if cls is NewtonCG else {"lr": 0.03}
+    settings = {NewtonCG: {"linear_solver": CG(max_steps=6)}, NonlinearCG: {}}
+    settings = settings.get(cls, {"lr": 0.03})
     a, b = leaves(shapes, seed), leaves(shapes, seed)
     results = walk(cls(a, **settings), a, 3), walk(cls([b[i] for i in order], **settings), b, 3)
     for p, q in zip(*results, strict=True):
