@@ -59,9 +59,10 @@ from implicit_optim._solver import (
     lbfgs,
     newton_cg,
     nonlinear_cg,
+    trust_region,
 )
 from implicit_optim._strong_wolfe import StrongWolfe
-from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG
+from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG, TrustRegion
 
 __version__ = "0.1.0"
 
@@ -122,6 +123,7 @@ __all__ = [
     "StrongWolfe",
     "Sum",
     "Truncated",
+    "TrustRegion",
     "Unrolled",
     "Warn",
     "Woodbury",
@@ -137,4 +139,5 @@ __all__ = [
     "newton_cg",
     "nonlinear_cg",
     "proximal",
+    "trust_region",
 ]

@@ -147,7 +147,9 @@ def run(
             if last or (k % solver.check_every == 0 and none_left(running)):
                 stop(~(now < math.inf), Status.NONFINITE)
                 break
-        if solver.uses_value:  # a task that has stopped asks for no direction and no trial of a search
+        if (
+            solver.uses_value
+        ):  # a task that has stopped asks for no direction and no trial of a search
             at = at._replace(grad=where(~running, 0.0, at.grad))
         with torch.set_grad_enabled(recorded):
             proposal, state, found = solver.step(problem, phi, at, state)

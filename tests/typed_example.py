@@ -56,6 +56,7 @@ def solving() -> None:
     assert_type(solution.status, Tensor)
     assert_type(solution.stats, dict[str, Tensor])
     assert_type(solution.summary(), str)
+    iopt.minimize(ridge, torch.zeros(3), theta, x, y, solver=iopt.trust_region(radius=0.5))
     assert_type(iopt.attach(torch.zeros(3), ridge, theta, x, y), Tensor)
     assert_type(iopt.attach({"a": torch.zeros(3)}, by_name, theta), dict[str, Tensor])
 
@@ -74,3 +75,4 @@ def optimizers() -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
     iopt.GD(net.parameters(), lr=0.1).step()
     iopt.NonlinearCG(net.parameters(), line_search=iopt.StrongWolfe(c2=0.1))
+    assert_type(iopt.TrustRegion(net.parameters()).step(lambda: net(torch.ones(3)).sum()), Tensor)

@@ -7,6 +7,7 @@ from implicit_optim._linear_solver._direct import QR, Cholesky
 from implicit_optim._linear_solver._gmres import GMRES
 from implicit_optim._linear_solver._minres import MINRES
 from implicit_optim._linear_solver._neumann import Neumann
+from implicit_optim._linear_solver._steihaug import steihaug
 from implicit_optim._linear_solver._woodbury import Woodbury
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "QR",
     "Woodbury",
     "safeguarded",
+    "steihaug",
 ]

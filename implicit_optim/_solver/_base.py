@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._operator import Linearized
+from implicit_optim._operator import Linearized, Operator
 from implicit_optim._search import Line, Search
 
 
@@ -139,6 +139,13 @@ def check_search(line_search: Search) -> None:
     """Raise if this is no line search."""
     if not isinstance(line_search, Search):
         raise TypeError(f"line_search must be StrongWolfe(...) or Armijo(...), got {line_search!r}")
+
+
+def linearized(operator: Operator) -> Evaluation:
+    """The curvature linearised; value and gradient come from the same pass."""
+    at = operator.linearize()
+    assert at.value is not None and at.gradient is not None
+    return Evaluation(at.value, at.gradient, at)
 
 
 def check_lr(lr: float | Tensor) -> None:

@@ -13,7 +13,7 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
-from implicit_optim._solver._base import Evaluation, Solver, State, move
+from implicit_optim._solver._base import Evaluation, Solver, State, linearized, move
 from implicit_optim._vectors import dot
 
 
@@ -89,9 +89,7 @@ class newton_cg(Solver):
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """Linearise the curvature; value and gradient come from the same pass."""
-        operator = self.curvature(problem, phi).linearize()
-        assert operator.value is not None and operator.gradient is not None
-        return Evaluation(operator.value, operator.gradient, operator)
+        return linearized(self.curvature(problem, phi))
 
     def step(
         self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State

@@ -46,8 +46,12 @@ class Joint(Optimizer):
     @property
     def status(self) -> Status | None:
         """How the last step went, ``None`` before the first; its ``message`` says what to try."""
-        code = self.state.get(self.param_groups[0]["params"][0], {}).get("status")
+        code = self._told().get("status")
         return None if code is None else Status(code)
+
+    def _told(self) -> dict[str, Any]:
+        """What is known of the last step, in the state of the first parameter."""
+        return self.state.get(self.param_groups[0]["params"][0], {})
 
     def _parameters(self) -> tuple[list[Tensor], Layout]:
         """Those that are not frozen, each once, and how they lie in the flat vector."""

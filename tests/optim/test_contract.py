@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from torch.optim import lr_scheduler
 
 from implicit_optim import CG, FixedStep, GaussNewton, Status
-from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG, __all__
+from implicit_optim.optim import (
+    AGD,
+    GD,
+    NesterovAGD,
+    NewtonCG,
+    NonlinearCG,
+    TrustRegion,
+    __all__,
+)
 
-CLASSES = [GD, NesterovAGD, NewtonCG, NonlinearCG]
-JOINT = (NewtonCG, NonlinearCG)  # one group, one flat vector
 FIRST_ORDER = [GD, NesterovAGD]
+SECOND_ORDER = (NewtonCG, TrustRegion)
+JOINT = (*SECOND_ORDER, NonlinearCG)  # one group, one flat vector
+CLASSES = [*FIRST_ORDER, *JOINT]
 each = pytest.mark.parametrize("cls", CLASSES)
 each_first_order = pytest.mark.parametrize("cls", FIRST_ORDER)
 both_paths = pytest.mark.parametrize("foreach", [True, False])
@@ -30,6 +39,8 @@ def network(dtype=torch.float64):
 def make(cls, params, **settings):
     if cls not in JOINT:
         settings = {"lr": 0.2, **settings}
+    if cls is TrustRegion:
+        settings = {"radius": settings.pop("lr", 0.5), **settings}
     return cls(params, **settings)
 
 
@@ -37,7 +48,7 @@ def step(opt, loss):
     """One step in the manner of the class; returns what `step` does."""
 
     def closure():
-        if isinstance(opt, NewtonCG):
+        if isinstance(opt, SECOND_ORDER):
             return loss()
         opt.zero_grad()
         value = loss()
@@ -67,7 +78,8 @@ def saved(state):
 
 
 def test_public_names():
-    assert __all__ == sorted(__all__) == ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG"]
+    names = ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG", "TrustRegion"]
+    assert __all__ == names
     assert all(issubclass(c, torch.optim.Optimizer) for c in (AGD, *CLASSES))
 
 
@@ -117,8 +129,9 @@ def test_a_state_from_before_an_option_existed(cls):
     for name in ("maximize", "foreach", "damping"):
         state["param_groups"][0].pop(name, None)
     opt.load_state_dict(state)
-    expected = {GD: {"foreach": None}, NesterovAGD: {"foreach": None}, NewtonCG: {"damping": 0.0}}
-    assert {"maximize": False, **expected.get(cls, {})}.items() <= opt.param_groups[0].items()
+    expected = {"foreach": None} if cls in FIRST_ORDER else {}
+    expected |= {"damping": 0.0} if cls in SECOND_ORDER else {}
+    assert {"maximize": False, **expected}.items() <= opt.param_groups[0].items()
     twin = network()
     assert torch.equal(train(opt, net, 2), train(make(cls, twin.parameters()), twin, 4))
 
@@ -174,7 +187,9 @@ def test_step_returns_the_loss_at_the_start(cls):
     assert loss().item() < expected
 
 
-@pytest.mark.parametrize("cls", [GD, NesterovAGD, NewtonCG])
+@pytest.mark.parametrize(
+    "cls", [*FIRST_ORDER, NewtonCG]
+)  # the others: no lr, or another first trial
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [
@@ -331,6 +346,7 @@ def test_tied_parameters_move_once(cls):
     settings = {NonlinearCG: {"line_search": FixedStep(0.1)}}
     settings[NewtonCG] = {"line_search": FixedStep(1.0), "linear_solver": CG(max_steps=1)}
     settings[NewtonCG]["damping"] = 9.0
+    settings[TrustRegion] = {"cg_steps": 1, "damping": 9.0}
     opt = make(cls, net.parameters(), **settings.get(cls, {}))
     loss = net(x).square().sum() / 2
     grad = flat(torch.autograd.grad(loss, list(net.parameters())))
@@ -457,6 +473,10 @@ def p():
         (lambda: NewtonCG([p()], curvature="hessian"), TypeError, "Hessian or GaussNewton"),
         (lambda: NonlinearCG([p()], lr=-1.0), ValueError, "Invalid lr: -1.0"),
         (lambda: NonlinearCG([p()], line_search=1), TypeError, "must be StrongWolfe"),
+        (lambda: TrustRegion([p()], radius=0.0), ValueError, "Invalid radius: 0.0"),
+        (lambda: TrustRegion([p()], damping=-1.0), ValueError, "Invalid damping: -1.0"),
+        (lambda: TrustRegion([p()], curvature="hessian"), TypeError, "Hessian or GaussNewton"),
+        (lambda: TrustRegion([p()], lr=0.1), TypeError, "lr"),
         (lambda: GD([], lr=0.1), ValueError, "empty parameter list"),
         (lambda: GD(p(), lr=0.1), TypeError, "an iterable of Tensors"),
         (lambda: GD([p()], lr=0.1, momentum=0.9), TypeError, "momentum"),
@@ -491,7 +511,8 @@ def test_sparse_gradients(cls):
     assert torch.equal(table.weight, before)
 
 
-class TestNewtonCGClosures:
+@pytest.mark.parametrize("cls", SECOND_ORDER)
+class TestSecondOrderClosures:
     """What a closure may return, and what it is told if it returns something else."""
 
     @pytest.mark.parametrize(
@@ -507,9 +528,9 @@ class TestNewtonCGClosures:
             (lambda x: p().sum(), RuntimeError, "no graph leads from the loss to the parameters"),
         ],
     )
-    def test_hessian(self, closure, error, match):
+    def test_hessian(self, cls, closure, error, match):
         x = p()
-        opt = NewtonCG([x])
+        opt = cls([x])
         with pytest.raises(error, match=match):
             opt.step(closure and (lambda: closure(x)))
         assert x.tolist() == [1.0, 1.0]
@@ -526,32 +547,47 @@ class TestNewtonCGClosures:
             (lambda x: (x.sum(), (2 * x).detach()), RuntimeError, "from the very output returned"),
         ],
     )
-    def test_gauss_newton(self, closure, error, match):
+    def test_gauss_newton(self, cls, closure, error, match):
         x = p()
         with pytest.raises(error, match=match):
-            NewtonCG([x], curvature=GaussNewton).step(lambda: closure(x))
+            cls([x], curvature=GaussNewton).step(lambda: closure(x))
         assert x.tolist() == [1.0, 1.0]
 
-    def test_one_element_is_a_scalar(self):
+    def test_one_element_is_a_scalar(self, cls):
         x = p()
-        NewtonCG([x]).step(lambda: x.square().sum().reshape(1, 1))
+        cls([x], **({"radius": 2.0} if cls is TrustRegion else {})).step(
+            lambda: x.square().sum().reshape(1, 1)
+        )
         assert x.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
-    def test_parameters_of_two_dtypes(self):
+    def test_parameters_of_two_dtypes(self, cls):
         x, y = p(), p().detach().double().requires_grad_()
         with pytest.raises(ValueError, match="bring all leaves to one dtype and device"):
-            NewtonCG([x, y]).step(lambda: x.sum() + y.sum())
+            cls([x, y]).step(lambda: x.sum() + y.sum())
 
-    def test_all_frozen(self):
+    def test_all_frozen(self, cls):
         with pytest.raises(RuntimeError, match=r"unfreeze one with requires_grad_\(True\)"):
-            NewtonCG([torch.ones(1)]).step(lambda: torch.ones(1))
+            cls([torch.ones(1)]).step(lambda: torch.ones(1))
 
-    def test_the_status_is_in_the_file(self):
+    def test_backward_is_refused_by_name(self, cls):
         x = p()
-        opt = NewtonCG([x])
-        opt.step(lambda: -x.square().sum())
-        state = saved(opt.state_dict())["state"][0]
-        assert state.keys() == {"n_iter", "grad_norm", "step_length", "status"}
-        assert state["grad_norm"] == pytest.approx(8**0.5)
-        assert Status(state["status"]) is opt.status is Status.NEGATIVE_CURVATURE
-        assert "GaussNewton" in opt.status.message
+
+        def closure():
+            loss = x.square().sum()
+            loss.backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match=rf"called backward\(\): {cls.__name__} diff"):
+            cls([x]).step(closure)
+        assert x.grad is None
+
+
+def test_the_status_of_newton_cg_is_in_the_file():
+    x = p()
+    opt = NewtonCG([x])
+    opt.step(lambda: -x.square().sum())
+    state = saved(opt.state_dict())["state"][0]
+    assert state.keys() == {"n_iter", "grad_norm", "step_length", "status"}
+    assert state["grad_norm"] == pytest.approx(8**0.5)
+    assert Status(state["status"]) is opt.status is Status.NEGATIVE_CURVATURE
+    assert "GaussNewton" in opt.status.message
