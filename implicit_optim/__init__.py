@@ -5,6 +5,7 @@ from implicit_optim._error_bound import error_bound
 from implicit_optim._flat import Layout
 from implicit_optim._implicit import ImplicitMetaGradient, attach
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._l1 import L1
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import (
     CG,
@@ -59,10 +60,19 @@ from implicit_optim._solver import (
     lbfgs,
     newton_cg,
     nonlinear_cg,
+    proximal_gradient,
     trust_region,
 )
 from implicit_optim._strong_wolfe import StrongWolfe
-from implicit_optim.optim import AGD, GD, NesterovAGD, NewtonCG, NonlinearCG, TrustRegion
+from implicit_optim.optim import (
+    AGD,
+    GD,
+    NesterovAGD,
+    NewtonCG,
+    NonlinearCG,
+    ProximalGradient,
+    TrustRegion,
+)
 
 __version__ = "0.1.0"
 
@@ -90,6 +100,7 @@ __all__ = [
     "ImplicitMetaGradient",
     "InnerProblem",
     "Jacobian",
+    "L1",
     "Layout",
     "Line",
     "LinearSolver",
@@ -106,6 +117,7 @@ __all__ = [
     "Operator",
     "Product",
     "Proximal",
+    "ProximalGradient",
     "QR",
     "Raise",
     "Report",
@@ -139,5 +151,6 @@ __all__ = [
     "newton_cg",
     "nonlinear_cg",
     "proximal",
+    "proximal_gradient",
     "trust_region",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from implicit_optim._autograd import (
 from implicit_optim._batch import WHOLE, Batching
 from implicit_optim._derivative import gradient
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._l1 import L1, smooth
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, GMRES, LinearSolver
 from implicit_optim._objective import Equations, InnerObjective, Objective
@@ -29,6 +31,7 @@ from implicit_optim._operator import (
     GaussNewton,
     Hessian,
     Jacobian,
+    OnSupport,
     Operator,
     SafeguardedHessian,
 )
@@ -61,10 +64,14 @@ def attach(
     phi may also solve equations, [`Root`][implicit_optim.Root] or
     [`FixedPoint`][implicit_optim.FixedPoint]: then ``d phi* = -(dR/dphi)^-1 dR/d.``.
 
+    Of an [`L1`][implicit_optim.L1] objective the zeros of phi are held at zero, and the others are
+    differentiated: on the support S, ``d phi_S = -H_SS^-1 d(grad_S F + s sign(phi_S))``.
+
     Args:
         phi: the minimiser, a tensor or pytree of tensors ``[*batch, *shape]``; gradients do not flow
             into it.
-        objective: ``F(phi, theta, *data) -> scalar`` of one task, or its equations. Everything
+        objective: ``F(phi, theta, *data) -> scalar`` of one task, or its equations, or an
+            [`L1`][implicit_optim.L1] of it. Everything
             differentiable must come in through theta or data, not through a closure.
         theta: tensor or pytree that all tasks share.
         *data: pytrees of tensors ``[*batch, ...]``.
@@ -124,7 +131,7 @@ def attach_flat(
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
     matrix = curvature
     if curvature in (GaussNewton, SafeguardedHessian):
-        problem.structured  # noqa: B018  raises where the structure is missing
+        smooth(problem).structured  # noqa: B018  raises where the structure is missing
     if isinstance(problem.objective, Equations):
         matrix = Jacobian
         if linear_solver is not None and linear_solver.needs_symmetry:
@@ -132,6 +139,8 @@ def attach_flat(
                 f"linear_solver={type(linear_solver).__name__} needs a symmetric matrix, and the "
                 "Jacobian of equations need not be one: use GMRES()"
             )
+    if isinstance(problem.objective, L1):
+        matrix = partial(OnSupport, matrix=curvature)
     if linear_solver is None:
         linear_solver = GMRES() if matrix is Jacobian else CG()
     own, common = problem.tensors()
@@ -167,6 +176,8 @@ class Rule:
     ) -> Tensor:
         """``A^-1 v``, or ``A^-T v``, with the curvature at phi."""
         operator = self.curvature(self.bind(tensors), phi)
+        if isinstance(operator, OnSupport):
+            v = torch.where(phi == 0, 0.0, v)
         if not isinstance(operator, Operator):
             raise TypeError(f"curvature must return an Operator, got {operator!r}")
         operator = operator.transpose() if transposed else operator

@@ -12,6 +12,7 @@ from torch import Tensor
 from implicit_optim._ambient import full_precision
 from implicit_optim._batch import WHOLE, Batching, none_left, surely_none, where
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._l1 import L1
 from implicit_optim._objective import Equations, InnerObjective
 from implicit_optim._solution import Solution, Status, joined
 from implicit_optim._solver import Solver
@@ -36,11 +37,13 @@ def minimize(
 
     Args:
         objective: ``F(phi, theta, *data) -> scalar`` of one task, a function or an
-            [`Objective`][implicit_optim.Objective].
+            [`Objective`][implicit_optim.Objective]; or an [`L1`][implicit_optim.L1] of one, for
+            ``proximal_gradient``.
         init: start, a tensor or pytree of tensors ``[*batch, *shape]``.
         theta: tensor or pytree that all tasks share.
         *data: pytrees of tensors ``[*batch, ...]``.
-        solver: ``gd``, ``agd``, ``nonlinear_cg``, ``lbfgs``, ``newton_cg`` or ``from_torch(...)``.
+        solver: ``gd``, ``agd``, ``nonlinear_cg``, ``lbfgs``, ``newton_cg``, ``trust_region``,
+            ``proximal_gradient`` or ``from_torch(...)``.
         batch_ndim: how many leading dimensions of init and data count tasks.
         seed: for objectives that draw random numbers (dropout): every evaluation draws from this seed.
             Default: drawing is an error.
@@ -52,7 +55,7 @@ def minimize(
         itself if ``tol > 0``, else one step before it.
 
     Raises:
-        TypeError: the solver is none, or the objective cannot be called.
+        TypeError: the solver is none, or none for such an objective, or the objective cannot be called.
         ValueError: shapes do not fit, or the objective returns no scalar.
         RuntimeError: the objective draws random numbers and there is no seed.
 
@@ -118,12 +121,13 @@ def run(
     Returns:
         The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
+    _check_kind(problem, solver)
     record = torch.is_grad_enabled()
     running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
     steps = torch.zeros_like(running, dtype=torch.int32)
     grad_norm = first_norm = torch.full_like(running, float("nan"), dtype=phi.dtype)
-    state = solver.init(problem, phi)
+    state, at = solver.init(problem, phi), None
 
     def stop(who: Tensor, why: Status) -> None:
         nonlocal running, status
@@ -158,10 +162,27 @@ def run(
             stop(~found, Status.LINE_SEARCH)
         phi = where(running, proposal, phi)
         steps = steps + running
+    if at is not None and at.point is not None:
+        phi = where(largest(at.point) < math.inf, at.point, phi)
     if solver.tol > 0:
         stop(running, Status.MAX_STEPS)
     stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
     return Solution(phi, status.to(torch.int8), stats)
+
+
+def _check_kind(problem: InnerProblem, solver: Solver) -> None:
+    """Raise if the objective has an l1 norm that the rule does not know, or the other way round."""
+    name, has_l1 = type(solver).__name__, isinstance(problem.objective, L1)
+    if has_l1 and not solver.proximal:
+        raise TypeError(
+            f"{name} needs a gradient, and an L1 objective has none where a number is zero: use "
+            "solver=proximal_gradient(lr=...)"
+        )
+    if solver.proximal and not has_l1:
+        raise TypeError(
+            f"{name} needs an L1(objective, strength), got {type(problem.objective).__name__}: without "
+            "an l1 norm use gd(lr=...) or agd(lr=...)"
+        )
 
 
 def _check_not_learned(solver: Solver) -> None:

@@ -31,6 +31,7 @@ LAYERS = {
     "_vectors": 0,
     "_error_bound": 1,
     "_inner_problem": 1,
+    "_l1": 1,
     "_objective": 1,
     "_proximal": 1,
     "_quadratic": 1,

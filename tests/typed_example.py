@@ -57,6 +57,11 @@ def solving() -> None:
     assert_type(solution.stats, dict[str, Tensor])
     assert_type(solution.summary(), str)
     iopt.minimize(ridge, torch.zeros(3), theta, x, y, solver=iopt.trust_region(radius=0.5))
+    lasso = iopt.L1(ridge, strength=lambda theta: theta)
+    fista = iopt.proximal_gradient(lr=0.1, accelerated=True)
+    sparse = iopt.minimize(lasso, torch.zeros(3), theta, x, y, solver=fista)
+    assert_type(iopt.attach(torch.zeros(3), lasso, theta, x, y), Tensor)
+    assert_type(sparse, iopt.Solution)
     assert_type(iopt.attach(torch.zeros(3), ridge, theta, x, y), Tensor)
     assert_type(iopt.attach({"a": torch.zeros(3)}, by_name, theta), dict[str, Tensor])
 
@@ -75,4 +80,5 @@ def optimizers() -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
     iopt.GD(net.parameters(), lr=0.1).step()
     iopt.NonlinearCG(net.parameters(), line_search=iopt.StrongWolfe(c2=0.1))
+    iopt.ProximalGradient([{"params": net.weight, "l1": 0.1}], lr=0.1, l1=0.0).step()
     assert_type(iopt.TrustRegion(net.parameters()).step(lambda: net(torch.ones(3)).sum()), Tensor)

@@ -10,6 +10,7 @@ from implicit_optim._operator._curvature import (
 )
 from implicit_optim._operator._dense import Dense, Diagonal
 from implicit_optim._operator._jacobian import Jacobian
+from implicit_optim._operator._support import OnSupport
 
 __all__ = [
     "Damped",
@@ -21,6 +22,7 @@ __all__ = [
     "Jacobian",
     "Linearized",
     "LowRank",
+    "OnSupport",
     "Operator",
     "Product",
     "SafeguardedHessian",

@@ -7,6 +7,7 @@ from implicit_optim._solver._gd import gd
 from implicit_optim._solver._lbfgs import lbfgs
 from implicit_optim._solver._newton_cg import newton_cg
 from implicit_optim._solver._nonlinear_cg import nonlinear_cg
+from implicit_optim._solver._proximal_gradient import proximal_gradient
 from implicit_optim._solver._trust_region import trust_region
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "lbfgs",
     "newton_cg",
     "nonlinear_cg",
+    "proximal_gradient",
     "trust_region",
 ]

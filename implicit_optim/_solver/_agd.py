@@ -14,12 +14,17 @@ from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
 from implicit_optim._solver._gd import gd_update
 
 
+def look_ahead(x: Tensor, x_next: Tensor, momentum: float | Tensor) -> Tensor:
+    """``x' + momentum (x' - x)``."""
+    return torch.lerp(x, x_next, 1 + momentum)
+
+
 def agd_update(
     y: Tensor, x: Tensor, grad: Tensor, lr: float | Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """``x' = y - lr grad(y)``, ``y' = x' + momentum (x' - x)``: the next (y, x)."""
     x_next = gd_update(y, grad, lr)
-    return torch.lerp(x, x_next, 1 + momentum), x_next
+    return look_ahead(x, x_next, momentum), x_next
 
 
 def agd_constants(strong_convexity: float, smoothness: float) -> tuple[float, float]:

@@ -20,8 +20,10 @@ class Evaluation(NamedTuple):
 
     Attributes:
         value: objective per task ``[*batch]``; ``None`` for a rule that does not ask for it.
-        grad: gradient per task ``[*batch, n]``.
+        grad: gradient per task ``[*batch, n]``; of a proximal rule the gradient mapping.
         operator: the curvature, linearised there, for rules that use one.
+        point: of a proximal rule the proximal point ``[*batch, n]``, whose zeros are exact. The loop
+            returns that of the last evaluation.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -35,6 +37,7 @@ class Evaluation(NamedTuple):
     value: Float[Tensor, "*batch"] | None
     grad: Float[Tensor, "*batch n"]
     operator: Linearized | None = None
+    point: Float[Tensor, "*batch n"] | None = None
 
 
 State = tuple[Any, ...]
@@ -52,6 +55,7 @@ class Solver(abc.ABC):
             each look is one host synchronisation. It changes when the loop ends, not what comes out.
         differentiable: whether ``Unrolled`` can differentiate through the steps.
         uses_value: whether the rule looks at the objective's value, beside the gradient.
+        proximal: whether the rule is one for [`L1`][implicit_optim.L1] objectives, and for no other.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -67,6 +71,7 @@ class Solver(abc.ABC):
 
     differentiable: ClassVar[bool] = True
     uses_value: ClassVar[bool] = True
+    proximal: ClassVar[bool] = False
 
     max_steps: int
     tol: float

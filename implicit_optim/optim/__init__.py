@@ -4,6 +4,15 @@ from implicit_optim.optim._agd import AGD, NesterovAGD
 from implicit_optim.optim._gd import GD
 from implicit_optim.optim._newton_cg import NewtonCG
 from implicit_optim.optim._nonlinear_cg import NonlinearCG
+from implicit_optim.optim._proximal_gradient import ProximalGradient
 from implicit_optim.optim._trust_region import TrustRegion
 
-__all__ = ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG", "TrustRegion"]
+__all__ = [
+    "AGD",
+    "GD",
+    "NesterovAGD",
+    "NewtonCG",
+    "NonlinearCG",
+    "ProximalGradient",
+    "TrustRegion",
+]

@@ -16,11 +16,12 @@ from implicit_optim.optim import (
     NesterovAGD,
     NewtonCG,
     NonlinearCG,
+    ProximalGradient,
     TrustRegion,
     __all__,
 )
 
-FIRST_ORDER = [GD, NesterovAGD]
+FIRST_ORDER = [GD, NesterovAGD, ProximalGradient]
 SECOND_ORDER = (NewtonCG, TrustRegion)
 JOINT = (*SECOND_ORDER, NonlinearCG)  # one group, one flat vector
 CLASSES = [*FIRST_ORDER, *JOINT]
@@ -39,6 +40,8 @@ def network(dtype=torch.float64):
 def make(cls, params, **settings):
     if cls not in JOINT:
         settings = {"lr": 0.2, **settings}
+    if cls is ProximalGradient:
+        settings = {"l1": 0.0, **settings}
     if cls is TrustRegion:
         settings = {"radius": settings.pop("lr", 0.5), **settings}
     return cls(params, **settings)
@@ -78,7 +81,15 @@ def saved(state):
 
 
 def test_public_names():
-    names = ["AGD", "GD", "NesterovAGD", "NewtonCG", "NonlinearCG", "TrustRegion"]
+    names = [
+        "AGD",
+        "GD",
+        "NesterovAGD",
+        "NewtonCG",
+        "NonlinearCG",
+        "ProximalGradient",
+        "TrustRegion",
+    ]
     assert __all__ == names
     assert all(issubclass(c, torch.optim.Optimizer) for c in (AGD, *CLASSES))
 
@@ -473,6 +484,13 @@ def p():
         (lambda: NewtonCG([p()], curvature="hessian"), TypeError, "Hessian or GaussNewton"),
         (lambda: NonlinearCG([p()], lr=-1.0), ValueError, "Invalid lr: -1.0"),
         (lambda: NonlinearCG([p()], line_search=1), TypeError, "must be StrongWolfe"),
+        (lambda: ProximalGradient([p()], lr=0.1, l1=-1.0), ValueError, "Invalid l1: -1.0"),
+        (lambda: ProximalGradient([p()], lr=0.0, l1=1.0), ValueError, "Invalid lr: 0.0"),
+        (
+            lambda: ProximalGradient([{"params": [p()], "l1": float("inf")}], lr=0.1, l1=1.0),
+            ValueError,
+            "Invalid l1: inf",
+        ),
         (lambda: TrustRegion([p()], radius=0.0), ValueError, "Invalid radius: 0.0"),
         (lambda: TrustRegion([p()], damping=-1.0), ValueError, "Invalid damping: -1.0"),
         (lambda: TrustRegion([p()], curvature="hessian"), TypeError, "Hessian or GaussNewton"),
