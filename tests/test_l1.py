@@ -239,6 +239,23 @@ def test_gradients_of_a_batch_are_those_of_its_tasks(batch):
     assert (solve.stats["stationarity"] < 1e-10).all()
 
 
+@pytest.mark.parametrize("batching", [{"chunk_size": 1}, {"chunk_size": 2}, {"threads": 2}])
+def test_in_chunks_and_threads(batching):
+    x, y = data((3,))
+    expected, grads = solve(x, y, number(0.2), batch_ndim=1).value, []
+    solver = iopt.proximal_gradient(
+        lr=1 / smoothness(x), accelerated=True, tol=1e-11, max_steps=300
+    )
+    for settings in ({}, {"batching": iopt.Batching(**batching)}):
+        s, settings = number(0.2, requires_grad=True), {**settings, "batch_ndim": 1}
+        init = torch.zeros(3, 8, dtype=F64)
+        phi = iopt.minimize(LASSO, init, s.detach(), x, y, solver=solver, **settings).value
+        torch.testing.assert_close(phi, expected, rtol=1e-9, atol=1e-10)
+        iopt.attach(phi, LASSO, s, x, y, linear_solver=EXACT, **settings).square().sum().backward()
+        grads.append(s.grad)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("share", [1.0, 2.0])
 def test_where_everything_is_zero_so_is_the_gradient(share):
     x, y = data()
