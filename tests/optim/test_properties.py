@@ -1,17 +1,19 @@
 """Properties that hold for parameters of any shape, in any order, interrupted anywhere."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from implicit_optim import CG
-from implicit_optim.optim import GD, NesterovAGD, NewtonCG, NonlinearCG
+from implicit_optim.optim import GD, NesterovAGD, NewtonCG, NonlinearCG, ProximalGradient
 
 F64 = torch.float64
 shapes = st.lists(st.lists(st.integers(0, 3), max_size=3).map(tuple), min_size=1, max_size=4)
 JOINT = NewtonCG, NonlinearCG
-classes = st.sampled_from([GD, NesterovAGD])
+classes = st.sampled_from([GD, NesterovAGD, functools.partial(ProximalGradient, l1=0.3)])
 
 
 def leaves(shapes, seed, dtype=F64):
