@@ -1,17 +1,27 @@
 """`make bench`: run every benchmark, or those named; figures go to benchmarks/results/.
 
-python -m benchmarks [cost] [scaling] [products] [approximations] [speed] [soak] [import_time]
+python -m benchmarks [cost] [scaling] [products] [approximations] [profiles] [speed] [soak] [import_time]
 """
 
 import argparse
 
-from benchmarks import approximations, cost, import_time, products, scaling, soak, speed
+from benchmarks import (
+    approximations,
+    cost,
+    import_time,
+    products,
+    profiles,
+    scaling,
+    soak,
+    speed,
+)
 
 BENCHMARKS = {
     "cost": cost.main,
     "scaling": scaling.main,
     "products": products.main,
     "approximations": approximations.main,
+    "profiles": profiles.main,
     "speed": speed.main,
     "soak": soak.main,
     "import_time": import_time.main,

@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("PIL")
 
 import implicit_optim as iopt  # noqa: E402
-from benchmarks.paper import few_shot, fig2a, fig2b, summary, table1, table3  # noqa: E402
+from benchmarks.paper import curvatures, few_shot, fig2a, fig2b, summary, table1, table3  # noqa: E402
 from benchmarks.paper.points import Points  # noqa: E402
 from implicit_optim.tasks import ConvNet, Episodes, Splits  # noqa: E402
 
@@ -336,6 +336,50 @@ def test_the_summary_has_a_row_for_every_run_that_is_kept(tmp_path, capsys):
         assert cells[5] == f"{found['accuracy']:.2f} ± {found['interval_95']:.2f}"
     with pytest.raises(SystemExit, match="run table2"):
         summary.main(parser.parse_args(["--results", str(tmp_path / "new"), "--out", str(picture)]))
+
+
+def test_curvatures_are_compared_and_nothing_is_run_twice(
+    omniglot_zips, tmp_path, monkeypatch, capsys
+):
+    """A row for each pair with what its own run says."""
+    settings, accuracy = curvatures.settings, few_shot.accuracy
+    small = {"queries": 2, "way": 2, "inner_steps": 2}
+    monkeypatch.setattr(
+        curvatures, "settings", lambda args: dataclasses.replace(settings(args), **small)
+    )
+    monkeypatch.setattr(
+        few_shot, "accuracy", lambda m, s, images, tasks, *rest: accuracy(m, s, images, 20, *rest)
+    )
+    monkeypatch.setattr(few_shot, "TEST_QUERIES", 2)
+    monkeypatch.setattr(curvatures, "ConvNet", functools.partial(curvatures.ConvNet, filters=8))
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    curvatures.arguments(parser)
+    words = ["--data", str(omniglot_zips), "--out", "runs", "--steps=3", "--tasks=2"]
+    words += [
+        "--test-tasks=20",
+        "--lams",
+        "0.5",
+        "2",
+        "--curvatures",
+        "gauss-newton",
+        "safeguarded",
+    ]
+    curvatures.main(parser.parse_args(words))
+    rows = json.loads(Path("runs/curvatures.json").read_text())["rows"]
+    assert [(r["lam"], r["curvature"]) for r in rows] == [
+        (lam, kind) for lam in (0.5, 2.0) for kind in ("gauss-newton", "safeguarded")
+    ]
+    for r in rows:
+        run = json.loads(Path(f"runs/{r['curvature']}-{r['lam']:g}/results.json").read_text())
+        assert r["accuracy"] == run["transductive"]["accuracy"]
+        assert r["negative"] == pytest.approx(sum(run["truncated"]) / 3)
+        assert r["negative"] == 0 or r["curvature"] == "safeguarded"
+        assert len(run["loss"]) == 3 and r["cpu_seconds"] > 0
+    assert Path("runs/curvatures.png").stat().st_size > 1000
+    monkeypatch.setattr(curvatures, "Run", None)  # would raise if it were called
+    curvatures.main(parser.parse_args(words))
+    assert "| 0.50 | gauss-newton |" in capsys.readouterr().out
 
 
 # The command made small, run as it would be: a process of its own, warnings as errors.
