@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_optim._batch import none_left
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._vectors import dot
 
 Scalars = Float[Tensor, "*batch"]
 
@@ -65,7 +66,7 @@ class Line:
         """``F(phi + t d)`` and its slope ``grad F . d``, ``[*batch]`` each, for one gradient."""
         grad, value = self._grads_and_values(t)
         self._last = (t, value, grad)
-        return value, torch.linalg.vecdot(grad, self.direction)
+        return value, dot(grad, self.direction)
 
     def known(self, t: Scalars) -> tuple[Scalars, Float[Tensor, "*batch n"]] | None:
         """Value and gradient at ``t``, if the last slopes were asked for at this very tensor."""

@@ -15,6 +15,7 @@ from implicit_optim._search import Search
 from implicit_optim._solver._base import Evaluation, Solver, State, check_search, move
 from implicit_optim._solver._nonlinear_cg import shortened
 from implicit_optim._strong_wolfe import StrongWolfe
+from implicit_optim._vectors import dot
 
 
 class History(NamedTuple):
@@ -40,7 +41,7 @@ class History(NamedTuple):
 
     def add(self, s: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch n"]) -> History:
         """With one more pair for the tasks in which ``s.y`` is positive beyond rounding."""
-        sy, yy, ss = (torch.linalg.vecdot(*pair) for pair in ((s, y), (y, y), (s, s)))
+        sy, yy, ss = (dot(*pair) for pair in ((s, y), (y, y), (s, s)))
         eps = torch.finfo(s.dtype).eps
         good = (sy > eps * (ss * yy).sqrt()) & (yy > 0) & yy.isfinite()
         newer = (s.unsqueeze(-2), y.unsqueeze(-2), (1 / sy).unsqueeze(-1))
@@ -58,12 +59,12 @@ class History(NamedTuple):
         q, alphas = grad, []
         for i in range(-1, -pairs - 1, -1):
             s, y = self.s[..., i, :], self.y[..., i, :]
-            alphas.append((self.rho[..., i] * torch.linalg.vecdot(s, q)).unsqueeze(-1))
+            alphas.append((self.rho[..., i] * dot(s, q)).unsqueeze(-1))
             q = q - alphas[-1] * y
         q = torch.where(self.gamma > 0, self.gamma, shortened(grad)).unsqueeze(-1) * q
         for i in range(-pairs, 0):
             s, y = self.s[..., i, :], self.y[..., i, :]
-            beta = (self.rho[..., i] * torch.linalg.vecdot(y, q)).unsqueeze(-1)
+            beta = (self.rho[..., i] * dot(y, q)).unsqueeze(-1)
             q = q + (alphas.pop() - beta) * s
         return -q
 
@@ -133,13 +134,13 @@ class lbfgs(Solver):
         if last is not None:
             history = history.add(phi - last[0], at.grad - last[1])
         direction = history.direction(at.grad, min(count, self.memory))
-        descends = torch.linalg.vecdot(at.grad, direction) < 0
+        descends = dot(at.grad, direction) < 0
         steepest = -shortened(at.grad).unsqueeze(-1) * at.grad
         direction = where(descends, direction, steepest)
         history = history._replace(
             rho=where(descends, history.rho, torch.zeros_like(history.rho)),
             gamma=where(descends, history.gamma, torch.zeros_like(history.gamma)),
         )
-        slope = torch.linalg.vecdot(at.grad, direction)
+        slope = dot(at.grad, direction)
         proposal, _, found, known = move(problem, phi, at, direction, slope, self.line_search)
         return proposal, ((phi, at.grad), history, count + 1, known), found

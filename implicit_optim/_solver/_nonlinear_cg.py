@@ -13,6 +13,7 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._search import Search
 from implicit_optim._solver._base import Evaluation, Solver, State, check_search, move
 from implicit_optim._strong_wolfe import StrongWolfe
+from implicit_optim._vectors import dot, norm
 
 
 def conjugate_direction(
@@ -24,12 +25,12 @@ def conjugate_direction(
 
     Where that does not descend, the task starts again from ``-g``; so it does where the last are zero.
     """
-    beta = torch.linalg.vecdot(grad, grad - last_grad) / last_grad.square().sum(-1)
+    beta = dot(grad, grad - last_grad) / last_grad.square().sum(-1)
     beta = torch.where((beta > 0) & beta.isfinite(), beta, 0.0)
     direction = beta.unsqueeze(-1) * last_direction - grad
-    descends = (torch.linalg.vecdot(grad, direction) < 0).unsqueeze(-1)
+    descends = (dot(grad, direction) < 0).unsqueeze(-1)
     direction = torch.where(descends, direction, -grad)
-    return direction, torch.linalg.vecdot(grad, direction)
+    return direction, dot(grad, direction)
 
 
 def first_length(
@@ -51,7 +52,7 @@ def first_length(
 
 def shortened(grad: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     """``min(1, 1 / ||grad||)``."""
-    return 1 / torch.linalg.vector_norm(grad, dim=-1).clamp(min=1)
+    return 1 / norm(grad).clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from implicit_optim._l1 import smooth, soft_threshold, strengths
 from implicit_optim._solver._agd import look_ahead
 from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
 from implicit_optim._solver._gd import gd_update
+from implicit_optim._vectors import dot
 
 
 def proximal_update(
@@ -92,7 +93,7 @@ class proximal_gradient(Solver):
         if not self.accelerated:
             return point, state, None
         last, t = state
-        uphill = torch.linalg.vecdot(phi - point, point - last) > 0
+        uphill = dot(phi - point, point - last) > 0
         t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
         momentum = torch.where(uphill, 0.0, (t - 1) / t_next)
         ahead = look_ahead(last, point, momentum.unsqueeze(-1))

@@ -15,6 +15,7 @@ from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import steihaug
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._solver._base import Evaluation, Solver, State, linearized
+from implicit_optim._vectors import norm
 
 
 def trust_region_update(
@@ -45,7 +46,7 @@ def trust_region_update(
     grad, value = operator.gradient, operator.value
     assert grad is not None and value is not None
     eps = torch.finfo(phi.dtype).eps
-    forcing = torch.linalg.vector_norm(grad, dim=-1).sqrt().clamp(max=0.5)
+    forcing = norm(grad).sqrt().clamp(max=0.5)
     move, _, stats = steihaug(operator, -grad, radius, rtol=forcing, max_steps=cg_steps)
     length, proposal = stats["norm"], phi + move
     rounding = 10 * eps * value.abs()
@@ -58,7 +59,7 @@ def trust_region_update(
     radius = torch.where(fair, radius, length / 4)
     radius = torch.where(grow, (2 * radius).clamp(max=max_radius), radius)
     lost = stats["on_boundary"] & (stats["decrease"] <= rounding)
-    found = (radius > eps * torch.linalg.vector_norm(phi, dim=-1)) & ~lost
+    found = (radius > eps * norm(phi)) & ~lost
     broken = ~torch.isfinite(length)  # no rejected step, but a Hessian that is not finite
     moves = ((accept & found) | broken).unsqueeze(-1)
     return torch.where(moves, proposal, phi), radius, found | broken
