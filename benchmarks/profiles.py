@@ -209,7 +209,7 @@ def costs(problem):
             for bound, found in best.items():
                 key = f"{name} | {linear} | {curvature}"
                 if error <= bound:
-                    found[key] = min(cost, found.get(key, math.inf))
+                    found[key] = min(round(cost, 1), found.get(key, math.inf))
     return best
 
 
@@ -265,8 +265,9 @@ def draw(results, path):
         whole = [costs[bound] for costs in results]
         for place, axes in enumerate(line):
             found = ratios(best_by_choice(whole, place), options[place])
-            for (name, values), color in zip(found.items(), COLORS * 2, strict=False):
-                axes.step(taus, [share(values, tau) for tau in taus], label=name, color=color)
+            for i, (name, values) in enumerate(found.items()):
+                style = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
+                axes.step(taus, [share(values, tau) for tau in taus], label=name, **style)
             axes.set(xscale="log", ylim=(0, 1.02), title=f"{titles[place]}, error {bound:g}")
             axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
             axes.minorticks_off()

@@ -109,9 +109,10 @@ def test_hoag_and_soba_come_to_the_weight_decay_of_dense_algebra():
 
 
 def test_what_an_approximation_is_worth(monkeypatch, tmp_path, capsys):
-    """The benchmark's errors are those of the series and of CG's recurrence, in NumPy."""
+    """The benchmark's errors are those of the series, the sketch and CG's recurrence, in NumPy."""
     monkeypatch.setattr(approximations, "KAPPAS", (10,))
     monkeypatch.setattr(approximations, "PRODUCTS", (0, 1, K))
+    N = approximations.N
     approximations.main(tmp_path / "results")
     assert (tmp_path / "results" / "approximations.png").stat().st_size > 5_000
     q = approximations.problem(10)
@@ -132,7 +133,13 @@ def test_what_an_approximation_is_worth(monkeypatch, tmp_path, capsys):
 
     rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
     found = {int(row[0]): [float(value) for value in row[1:]] for row in rows[2:]}
-    assert found[0] == pytest.approx([error(v / lam)] * 3, rel=0.05)
+    assert found[0] == pytest.approx([error(v / lam)] * 4, rel=0.05)
     truncated = error(series(A, v, 1 / q.bounds[1], K))
     best = error(np.stack([cg(*task) for task in zip(A, v, strict=True)]))
-    assert found[K] == pytest.approx([truncated, truncated, best], rel=0.05)  # two printed digits
+    omega = torch.randn(N, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    omega, H, eye = torch.linalg.qr(omega).Q.numpy(), A - lam * np.eye(N), np.eye(N)
+    Y = H @ omega  # Hataya & Yamada 2023, equation 5
+    low_rank = Y @ np.linalg.inv(omega.T @ Y) @ np.swapaxes(Y, -1, -2)
+    sketched = error(np.linalg.solve(low_rank + lam * eye, v[..., None])[..., 0])
+    expected = [truncated, truncated, sketched, best]
+    assert found[K] == pytest.approx(expected, rel=0.05)  # two printed digits

