@@ -221,6 +221,35 @@ def test_a_singular_matrix_is_said_to_be_singular(name, seed, n):
         assert residual == pytest.approx(stats["residual_norm"][0].item(), abs=size)
 
 
+def test_minres_sees_a_pivot_that_is_the_rounding_of_many_steps():
+    """A singular matrix whose last pivot is 300 times the machine's precision, in step 9."""
+    A, b = symmetric(9, 9, (), np.linspace(0, 2, 9))
+    x, status, stats = linear_solve(
+        Dense(torch.from_numpy(A)), torch.from_numpy(b), SOLVERS["MINRES"]
+    )
+    assert status == Status.SINGULAR
+    assert stats["steps"] <= 10
+    null = np.linalg.eigh(A)[1][:, 0]
+    assert np.linalg.norm(b - A @ x.numpy()) == pytest.approx(abs(null @ b), rel=1e-6)
+
+
+def test_what_is_worse_than_no_step_is_given_up():
+    """A product that is not the one of the matrix in the end: the true residual tells."""
+    A, b = symmetric(0, 4, (2,), np.linspace(1, 2, 4))
+    A, b, calls = torch.from_numpy(A), torch.from_numpy(b), []
+
+    def mv(x):
+        calls.append(1)
+        wrong = torch.where(torch.tensor([True, False])[:, None], 1e6, 1.0)
+        return (A @ x.unsqueeze(-1)).squeeze(-1) * (wrong if len(calls) == 5 else 1.0)
+
+    solution = iopt.MINRES(rtol=1e-12).solve(iopt.Linearized(mv, lambda r: 3 * r), b)
+    assert len(calls) == 5  # four steps, and the residual
+    assert solution.status.tolist() == [Status.SINGULAR, Status.SUCCESS]
+    assert torch.equal(solution.value[0], 3 * b[0])  # the first-order direction
+    assert solution.stats["residual_norm"][0] == solution.stats["rhs_norm"][0]
+
+
 @pytest.mark.parametrize("name", DEFINITE)
 def test_a_singular_but_consistent_zero_costs_nothing(name):
     A, b = symmetric(0, 4, (3,), np.ones(4))

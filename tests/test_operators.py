@@ -247,6 +247,36 @@ def test_gauss_newton_of_a_pytree_of_outputs():
     assert_close(GaussNewton(problem, phi).as_matrix(), J_a.T @ J_a + J_b.T @ J_b)
 
 
+CONVEX_LOSSES = {
+    "mse": (F.mse_loss, lambda z: z),
+    "huber": (F.huber_loss, lambda z: 3 * z),  # on both sides of delta
+    "cross entropy": (F.cross_entropy, lambda z: z.argmax(-1)),
+    "binary cross entropy": (F.binary_cross_entropy_with_logits, lambda z: (z > 0).to(z)),
+    "Poisson": (F.poisson_nll_loss, lambda z: z.exp().round()),
+}
+
+
+@pytest.mark.parametrize("name", CONVEX_LOSSES)
+def test_gauss_newton_of_every_loss_that_is_convex_in_the_output(name):
+    """``J^T H J + lam`` with J and H by plain autograd; definite for every lam > 0."""
+    loss, target = CONVEX_LOSSES[name]
+    generator = torch.Generator().manual_seed(0)
+    x, y, phi = (torch.randn(s, generator=generator, dtype=F64) for s in [(5, 3), (5, 4), (12,)])
+    y, lam = target(y), 0.1
+
+    def predict(phi, x):
+        return torch.tanh(x @ phi.reshape(3, 4))
+
+    theta = (torch.zeros(12, dtype=F64), torch.tensor(lam, dtype=F64))
+    problem = InnerProblem.bind(Objective(predict, loss, proximal), phi, theta, x, y)
+    matrix = GaussNewton(problem, phi).as_matrix()
+    J = torch.autograd.functional.jacobian(lambda p: predict(p, x), phi).reshape(20, 12)
+    out = predict(phi, x)
+    H = torch.autograd.functional.hessian(lambda o: loss(o, y), out).reshape(20, 20)
+    assert_close(matrix, J.T @ H @ J + lam * torch.eye(12, dtype=F64))
+    assert torch.linalg.eigvalsh(matrix)[0] > 0.99 * lam
+
+
 def test_gauss_newton_wants_structure():
     problem = quadratic().bind()
     with pytest.raises(TypeError, match="GaussNewton needs the structure of the objective"):

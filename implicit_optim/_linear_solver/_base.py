@@ -145,6 +145,9 @@ class Outcome:
         if not fixed:
             true_norm = norm(self.b - operator.mv(x))
             self.residual_norm = torch.where(self.nonfinite, self.residual_norm, true_norm)
+            broken = self.residual_norm > 1.01 * self.rhs_norm  # worse than no step at all
+            self.singular, self.steps = self.singular | broken, self.steps * ~broken
+            self.residual_norm = torch.where(broken, self.rhs_norm, self.residual_norm)
         self.nonfinite = self.nonfinite | ~torch.isfinite(self.residual_norm)
         at_once = (self.steps == 0) & (self.rhs_norm > self.target)
         x = where(at_once, operator.precondition(self.b), x) * self.scale.unsqueeze(-1)

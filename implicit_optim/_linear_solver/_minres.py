@@ -82,7 +82,7 @@ class MINRES(Iterative):
             near, diagonal = c * delta + s * alpha, s * delta - c * alpha
             further, far, delta = far, s * beta, -c * beta
             pivot = torch.hypot(diagonal, beta)
-            flat = pivot <= rounding
+            flat = pivot <= (k + 1) * rounding  # errors of the basis add up from step to step
             so_far.nonfinite = so_far.nonfinite | (active & ~finite)
             so_far.singular = so_far.singular | (active & flat)
             so_far.steps = so_far.steps + active
