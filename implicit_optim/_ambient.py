@@ -21,6 +21,9 @@ from implicit_optim._batch import Batching, over_tasks
 # torch's generators and kernel switches belong to the whole process: whoever changes them for a
 # moment holds this lock, so that solves in several threads do not see each other's.
 _LOCK = threading.RLock()
+# torch reads a generator with its mutex locked and may collect garbage meanwhile, which lets go of the
+# GIL: a second reader then waits for the mutex with the GIL, the first for the GIL with the mutex.
+_READING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _states(device: torch.device) -> list[torch.Tensor]:
-    with temporarily_clear_interpreter_stack():
+    with _READING, temporarily_clear_interpreter_stack():
         return [generator.get_state() for generator in _generators(device)]
 
 
