@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class Ambient:
         device: where it is evaluated.
         autocast: dtype of autocast, or ``None`` if it is off.
         seed: what every evaluation draws its random numbers from, or ``None`` if none may be drawn.
+        held: whether all this is in force already, for many evaluations: see `hold`.
     """
 
     device: torch.device
     autocast: torch.dtype | None = None
     seed: int | None = None
+    held: bool = False
 
     @classmethod
     def now(cls, device: torch.device, seed: int | None = None) -> Ambient:
@@ -58,6 +60,8 @@ class Ambient:
             RuntimeError: they were, or ``fn`` raised it; the message says what to do.
         """
         try:
+            if self.held and not autocast_is_on(self.device):
+                return fn()
             with self._precision(), _without_fast_path(), self._kernels():
                 if self.seed is not None:
                     with _drawing_from(self.seed + start, self.device):
@@ -76,6 +80,23 @@ class Ambient:
                 if symptom in str(error):
                     raise RuntimeError(f"{hint}\n(torch: {error})") from error
             raise
+
+    def hold(self, solve: Callable[[Ambient], Any], once: Callable[[], Any]) -> Any:
+        """Call ``solve``, whose many evaluations find all as it was, instead of each bringing it back.
+
+        Args:
+            solve: is given what its problem is to be evaluated with.
+            once: evaluates the problem once, as it is: if somebody drew random numbers during the solve,
+                it tells whether that was the objective.
+        """
+        if torch.compiler.is_compiling() or self.seed is not None or self.autocast is not None:
+            return solve(self)
+        with _without_fast_path(), self._kernels():
+            before = _states(self.device)
+            result = solve(replace(self, held=True))
+        if _moved(before, self.device):
+            once()
+        return result
 
     def over_tasks(
         self,

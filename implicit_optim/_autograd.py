@@ -63,7 +63,12 @@ def lead(tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> Leave
 
 
 def split_grads(
-    fn: Callable[[Leaves], Any], leaves: Sequence[Any], needed: Sequence[bool], cotangent: Any
+    fn: Callable[[Leaves], Any],
+    leaves: Sequence[Any],
+    needed: Sequence[bool],
+    cotangent: Any,
+    *,
+    vjp: Callable[..., Any] | None = None,
 ) -> list[Tensor | None]:
     """Vector-Jacobian product of ``fn(leaves)`` with respect to the leaves that are needed.
 
@@ -72,6 +77,7 @@ def split_grads(
         leaves: tensors and others.
         needed: which of them want a gradient.
         cotangent: like ``fn``'s value.
+        vjp: of a function of a list, at a list. Default: ``torch.func.vjp``.
 
     Returns:
         One gradient a leaf, ``None`` where none is needed.
@@ -80,7 +86,10 @@ def split_grads(
     chosen = [i for i, need in enumerate(needed) if need]
     if chosen:
         of_chosen, values = _of_chosen(fn, leaves, chosen)
-        _, pull = cast(Any, torch.func.vjp(of_chosen, *values))
+        if vjp is None:
+            _, pull = cast(Any, torch.func.vjp(of_chosen, *values))
+        else:
+            _, pull = vjp(lambda values: of_chosen(*values), values)
         for i, gradient in zip(chosen, pull(cotangent), strict=True):
             result[i] = gradient
     return result

@@ -219,12 +219,29 @@ def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
 
     On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
     """
-    if _looking_is_free(mask) and _is_known(mask):
-        if isinstance(new, Tensor) and bool(mask.all()):
+    return chooser(mask)(new, old)
+
+
+def chooser(mask: Tensor) -> Callable[[Tensor | float, Tensor], Tensor]:
+    """`where` with this mask, for several pairs: it is looked at once."""
+    every = none = False
+    if sees_for_free(mask):
+        every = bool(mask.all())
+        none = not every and not bool(mask.any())
+
+    def choose(new: Tensor | float, old: Tensor) -> Tensor:
+        if every and isinstance(new, Tensor):
             return new
-        if not bool(mask.any()):
+        if none:
             return old
-    return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+        return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+
+    return choose
+
+
+def sees_for_free(x: Tensor) -> bool:
+    """Whether a host can look at the numbers of ``x``, and looking costs nothing."""
+    return _looking_is_free(x) and _is_known(x)
 
 
 def surely_none(mask: Tensor) -> bool:

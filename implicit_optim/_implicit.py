@@ -21,7 +21,7 @@ from implicit_optim._autograd import (
     split_grads,
 )
 from implicit_optim._batch import WHOLE, Batching
-from implicit_optim._derivative import gradient
+from implicit_optim._derivative import gradient, vjp
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import L1, smooth
 from implicit_optim._linear_solve import linear_solve
@@ -186,25 +186,29 @@ class Rule:
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
         """``d <w, grad_phi F> / d tensors``: of the data a gradient per task, of theta their sum."""
         problem = self.bind(tensors)
-        parts = problem.parts(
-            lambda part, tasks: self._mixed(part, phi[tasks], needed, w[tasks]), phi.shape[0]
-        )
-        if len(parts) == 1:
-            return parts[0]
+
+        def per_task(i: int) -> bool:
+            return i < self.count or not problem.shared[0]
+
+        def part(problem: InnerProblem, tasks: slice | int) -> list[Any]:
+            alone = isinstance(tasks, int)
+            each = enumerate(self._mixed(problem, phi[tasks], needed, w[tasks]))
+            return [g[None] if alone and g is not None and per_task(i) else g for i, g in each]
 
         def join(i: int, pieces: tuple[Tensor, ...]) -> Tensor:
-            per_task = i < self.count or not problem.shared[0]
-            return torch.cat(pieces) if per_task else sum(pieces[1:], pieces[0])
+            return torch.cat(pieces) if per_task(i) else sum(pieces[1:], pieces[0])
 
+        parts = problem.parts(part, phi.shape[0])
+        if len(parts) == 1:
+            return parts[0]
         each = enumerate(zip(*parts, strict=True))
         return [None if pieces[0] is None else join(i, pieces) for i, pieces in each]
 
     def _mixed(
         self, problem: InnerProblem, phi: Tensor, needed: list[bool], w: Tensor
     ) -> list[Any]:
-        count = self.count
         data, theta = problem.tensors()
-        leaves = [*data, *theta]
+        count, leaves = self.count, [*data, *theta]
 
         def bind(leaves: list[Any]) -> InnerProblem:
             return problem.with_tensors(leaves[:count], leaves[count:])
@@ -216,7 +220,9 @@ class Rule:
         of_data = [need and i < count for i, need in enumerate(needed)]
         of_theta = [need and i >= count for i, need in enumerate(needed)]
         data = split_grads(lambda ls: gradient(bind(ls).fits, phi)[0], leaves, of_data, w)
-        theta = split_grads(lambda ls: bind(ls).proximal_at(phi)[0], leaves, of_theta, w)
+        pull = None if problem.quadratic is None else vjp  # a formula needs no torch.func
+        slope = lambda ls: bind(ls).proximal_at(phi)[0]  # noqa: E731
+        theta = split_grads(slope, leaves, of_theta, w, vjp=pull)
         return [*data[:count], *theta[count:]]
 
 

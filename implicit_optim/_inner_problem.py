@@ -240,12 +240,13 @@ class InnerProblem:
         """The same problem with its proximal term made once, for many evaluations."""
         return replace(self, term=self.quadratic)
 
-    def parts(self, solve: Callable[[InnerProblem, slice], Any], tasks: int) -> list[Any]:
+    def parts(self, solve: Callable[[InnerProblem, slice | int], Any], tasks: int) -> list[Any]:
         """Solve the tasks of the outermost batch dimension in the chunks of the ``batching``.
 
         Args:
-            solve: called with the problems of a chunk and where they stand; with this problem and
-                ``slice(None)`` if it has no batch dimension.
+            solve: called with the problems of a chunk and where they stand: a slice, or the index of a
+                single task, whose problem lacks the dimension; with this problem and ``slice(None)`` if
+                it has no batch dimension.
             tasks: length of the outermost batch dimension.
 
         Returns:
@@ -253,19 +254,24 @@ class InnerProblem:
         """
         if not self.shared:
             return [solve(self, slice(None))]
-        return self.batching.run(lambda chunk: solve(self._part(chunk), chunk), tasks)
 
-    def _part(self, tasks: slice) -> InnerProblem:
-        theta = self.theta if self.shared[0] else pick(self.theta, tasks)
-        batching = self.batching if self.batching.loops else WHOLE
-        first, term = self.first + tasks.start, self.term if self.shared[0] else None
+        def of(chunk: slice) -> Any:
+            place = chunk.start if chunk.stop - chunk.start == 1 else chunk
+            return solve(self._part(place), place)
+
+        return self.batching.run(of, tasks)
+
+    def _part(self, place: slice | int) -> InnerProblem:
+        """The problems of a chunk; that of one task without the dimension: there is nothing to batch."""
+        alone = isinstance(place, int)
         return replace(
             self,
-            data=pick(self.data, tasks),
-            theta=theta,
-            batching=batching,
-            first=first,
-            term=term,
+            data=pick(self.data, place),
+            theta=self.theta if self.shared[0] else pick(self.theta, place),
+            shared=self.shared[1:] if alone else self.shared,
+            batching=self.batching if self.batching.loops else WHOLE,
+            first=self.first + (place if isinstance(place, int) else place.start),
+            term=self.term if all(self.shared) else None,
         )
 
     def select(self, index: tuple[int, ...]) -> InnerProblem:

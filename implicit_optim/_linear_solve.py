@@ -22,7 +22,7 @@ from implicit_optim._autograd import (
 )
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
-from implicit_optim._solution import OnSolve, Solution, joined
+from implicit_optim._solution import OnSolve, Solution, joined, led
 from implicit_optim._vectors import norm
 
 _DEFAULT = CG()
@@ -122,13 +122,13 @@ class _ReverseLinearSolve(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         operator = blank.with_tensors(list(tensors[:count]), list(tensors[count:]))
 
-        def solve(part: Operator, tasks: slice) -> Solution:
+        def solve(part: Operator, tasks: slice | int) -> Solution:
             linearized, rhs = part.linearize(), b[tasks]
             value, status, stats = solver.solve(linearized, rhs)
             gradient = linearized.gradient
             if gradient is None:
                 gradient = torch.full_like(rhs, math.nan)
-            return Solution(value, status, stats | {"stationarity": norm(gradient)})
+            return led(Solution(value, status, stats | {"stationarity": norm(gradient)}), tasks)
 
         with full_precision(b.device):
             value, status, stats = joined(operator.parts(solve))

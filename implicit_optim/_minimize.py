@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision
-from implicit_optim._batch import WHOLE, Batching, none_left, surely_none, where
+from implicit_optim._batch import (
+    WHOLE,
+    Batching,
+    none_left,
+    sees_for_free,
+    surely_none,
+    where,
+)
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import L1
 from implicit_optim._objective import Equations, InnerObjective
-from implicit_optim._solution import Solution, Status, joined
+from implicit_optim._solution import Solution, Status, joined, led
 from implicit_optim._solver import Solver
 from implicit_optim._vectors import largest, norm
 
@@ -97,9 +106,15 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
     _check_not_learned(solver)
     problem, init = problem.detach(), init.detach()
 
-    def part(problem: InnerProblem, tasks: slice) -> Solution:
-        # A clone, because a task that takes no step must not return init itself.
-        return run(problem, init[tasks].clone(), solver)
+    def part(problem: InnerProblem, tasks: slice | int) -> Solution:
+        start = init[tasks].clone()  # because a task that takes no step must not return init itself
+        return led(
+            problem.ambient.hold(
+                lambda ambient: run(replace(problem, ambient=ambient), start, solver),
+                lambda: problem.grad(start),
+            ),
+            tasks,
+        )
 
     with torch.no_grad(), full_precision(init.device):
         return joined(problem.parts(part, init.shape[0]))
@@ -122,6 +137,21 @@ def run(
         The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
     _check_kind(problem, solver)
+    if solver.carries_nonfinite and solver.tol == 0 and sees_for_free(phi):
+        # Without a look at each iterate: if the last one is finite, so were all.
+        try:
+            solution = _loop(problem, phi, solver, graph_from, careful=False)
+            if surely_none(~(largest(solution.value.detach()) < math.inf)):
+                return solution
+        except (RuntimeError, ValueError, ArithmeticError):
+            pass  # an objective may refuse NaN; if it was something else it comes again
+    return _loop(problem, phi, solver, graph_from, careful=True)
+
+
+def _loop(
+    problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: int, *, careful: bool
+) -> Solution:
+    """See `run`; ``careful``: each iterate is looked at before it is taken."""
     record = torch.is_grad_enabled()
     running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
@@ -141,11 +171,12 @@ def run(
         if last and solver.tol == 0:
             break
         recorded = record and k >= graph_from
-        with torch.set_grad_enabled(recorded):
+        with _recorded(recorded):
             at = solver.known(state) or solver.evaluate(problem, phi)
-        now = norm(at.grad)
-        first_norm = now if k == 0 else first_norm
-        grad_norm = where(running, now, grad_norm)
+        if careful or k in (0, solver.max_steps - 1):
+            now = norm(at.grad)
+            first_norm = now if k == 0 else first_norm
+            grad_norm = where(running, now, grad_norm)
         if solver.tol > 0:
             stop(now <= solver.tol, Status.SUCCESS)
             if last or (k % solver.check_every == 0 and none_left(running)):
@@ -155,19 +186,31 @@ def run(
             solver.uses_value
         ):  # a task that has stopped asks for no direction and no trial of a search
             at = at._replace(grad=where(~running, 0.0, at.grad))
-        with torch.set_grad_enabled(recorded):
+        with _recorded(recorded):
             proposal, state, found = solver.step(problem, phi, at, state)
+        if not careful:
+            phi = proposal
+            continue
         stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
             stop(~found, Status.LINE_SEARCH)
         phi = where(running, proposal, phi)
         steps = steps + running
+    if not careful:
+        steps = steps + solver.max_steps
     if at is not None and at.point is not None:
         phi = where(largest(at.point) < math.inf, at.point, phi)
     if solver.tol > 0:
         stop(running, Status.MAX_STEPS)
     stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
     return Solution(phi, status.to(torch.int8), stats)
+
+
+def _recorded(recorded: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients on or off; nothing where that is how they are."""
+    if recorded == torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    return torch.set_grad_enabled(recorded)
 
 
 def _check_kind(problem: InnerProblem, solver: Solver) -> None:

@@ -135,6 +135,15 @@ class Solution(NamedTuple):
 OnSolve = Callable[[str, Solution], None]
 
 
+def led(solution: Solution, place: slice | int) -> Solution:
+    """The solution of a part of a batch; that of a task at an index gets the batch dimension."""
+    if isinstance(place, slice):
+        return solution
+    value, status, stats = solution
+    lead = {name: number.unsqueeze(0) for name, number in stats.items()}
+    return Solution(value.unsqueeze(0), status.unsqueeze(0), lead)
+
+
 def joined(parts: Sequence[Solution]) -> Solution:
     """The solution of a batch from those of its parts; the shorter ``lanczos`` end in padding."""
     if len(parts) == 1:

@@ -38,9 +38,10 @@ def attached(problem, theta, data, batching):
     )
 
 
+@pytest.mark.parametrize("tasks", [4, 1])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_finds_the_minimiser_and_its_gradient(way):
-    problem = ridge(batch=(4,))
+def test_every_way_finds_the_minimiser_and_its_gradient(way, tasks):
+    problem = ridge(batch=(tasks,))
     theta = tuple(t.clone().requires_grad_() for t in problem.theta)
     data = tuple(t.clone().requires_grad_() for t in problem.data)
     phi = attached(problem, theta, data, WAYS[way])
@@ -49,7 +50,7 @@ def test_every_way_finds_the_minimiser_and_its_gradient(way):
     torch.testing.assert_close(phi, problem.minimiser, rtol=1e-9, atol=1e-11)
     expected = problem.meta_gradient(v)
     torch.testing.assert_close(gradients[:2], expected, rtol=1e-8, atol=1e-10)
-    for i in range(4):  # the data's gradient is each task's own
+    for i in range(tasks):  # the data's gradient is each task's own
         alone = tuple(t.detach()[i].clone().requires_grad_() for t in problem.data)
         x, y = alone
         A = x.mT @ x / len(x) + problem.theta[1] * torch.eye(5, dtype=x.dtype)
@@ -57,6 +58,51 @@ def test_every_way_finds_the_minimiser_and_its_gradient(way):
         own = torch.autograd.grad(v[i] @ one, alone)
         for ours, theirs in zip(gradients[2:], own, strict=True):
             torch.testing.assert_close(ours[i], theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [(1,), (1, 3), (3, 1)])
+def test_a_dimension_of_one_task_is_there_in_all_that_comes_back(batch):
+    """It is taken away for the solve: what is reported must be that of the task as one of two."""
+    problem, heard = ridge(batch=batch), []
+    theta = tuple(t.clone().requires_grad_() for t in problem.theta)
+    start, settings = problem.init, {"batch_ndim": len(batch)}
+    solver = iopt.gd(lr=0.05, max_steps=20)
+    solution = iopt.minimize(
+        problem.objective, start, theta, *problem.data, solver=solver, **settings
+    )
+    assert all(tuple(t.shape) == batch for t in (solution.status, *solution.stats.values()))
+    phi = iopt.attach(
+        solution.value,
+        problem.objective,
+        theta,
+        *problem.data,
+        linear_solver=iopt.CG(max_steps=3),
+        on_solve=lambda _, solved: heard.append(solved),
+        **settings,
+    )
+    phi.sum().backward()
+    (solved,) = heard
+    twice = lambda t: torch.cat([t, t])  # noqa: E731
+    pairs = iopt.minimize(
+        problem.objective, twice(start), theta, *map(twice, problem.data), solver=solver, **settings
+    )
+    torch.testing.assert_close(pairs.value[: batch[0]], solution.value, rtol=1e-12, atol=1e-13)
+    for name, number in solution.stats.items():
+        torch.testing.assert_close(pairs.stats[name][: batch[0]], number, rtol=1e-9, atol=1e-12)
+    again = iopt.attach(
+        twice(solution.value),
+        problem.objective,
+        theta,
+        *map(twice, problem.data),
+        linear_solver=iopt.CG(max_steps=3),
+        on_solve=lambda _, solved: heard.append(solved),
+        **settings,
+    )
+    doubled = torch.autograd.grad(again.sum(), theta)
+    torch.testing.assert_close(doubled, tuple(2 * t.grad for t in theta), rtol=1e-9, atol=1e-12)
+    assert solved.stats["lanczos"].shape == (*batch, 3, 2)
+    for name, number in heard[1].stats.items():
+        torch.testing.assert_close(number[: batch[0]], solved.stats[name], rtol=1e-8, atol=1e-11)
 
 
 TRANSFORMS = {

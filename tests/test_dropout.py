@@ -150,6 +150,25 @@ def test_without_stochastic_it_is_an_error_that_says_so(batching):
     assert quiet(support, query).isfinite().all()
 
 
+def test_a_solver_may_draw_where_the_objective_may_not():
+    """Whether the objective drew is looked at once a solve; who drew, by one more evaluation."""
+
+    class Langevin(iopt.Solver):
+        def step(self, problem, phi, at, state):
+            return phi - 0.1 * at.grad + 1e-3 * torch.randn_like(phi), state, None
+
+    noisy = Langevin(max_steps=300, tol=0.0)
+    parabola = lambda phi, theta: ((phi - theta) ** 2).sum()  # noqa: E731
+    phi = iopt.minimize(parabola, torch.zeros(3), torch.ones(3), solver=noisy).value
+    torch.testing.assert_close(phi, torch.ones(3), rtol=0.0, atol=0.05)
+
+    def later(phi, theta):  # of a value that never changes: the numbers drawn are lost
+        return parabola(phi, theta) + 0 * torch.rand(()).item()
+
+    with pytest.raises(RuntimeError, match=DRAWS):
+        iopt.minimize(later, torch.zeros(3), torch.ones(3), solver=noisy)
+
+
 def ridge(phi, theta, x, y):
     return F.mse_loss(F.dropout(x, 0.4) @ phi, y) + iopt.proximal(phi, theta)
 

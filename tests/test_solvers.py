@@ -516,6 +516,33 @@ def test_a_last_step_beyond_the_range_is_not_taken(rule):
     assert torch.equal(value[1], init[1])
 
 
+@pytest.mark.parametrize("rule", [gd, functools.partial(agd, momentum=0.1)])
+def test_an_objective_that_refuses_nan_is_never_shown_one(rule):
+    """The loop that looks at its last iterate only must not fail where the careful one would not."""
+
+    def choosy(phi, theta, a):
+        if not math.isfinite(phi.detach().sum()):
+            raise ValueError("not a number")
+        return parabolas(phi, theta, a)
+
+    init, theta, steepness = parabola_args()
+    value, status, stats = minimize(
+        choosy, init[3], theta, steepness[3], solver=rule(lr=1.0, max_steps=800)
+    )
+    batched = minimize(
+        parabolas, *parabola_args(), solver=rule(lr=1.0, max_steps=800), batch_ndim=1
+    )
+    assert status == Status.NONFINITE
+    assert torch.equal(value, batched.value[3])
+    assert stats["steps"] == batched.stats["steps"][3]
+
+    def broken(phi, theta, a):
+        raise ValueError("always")
+
+    with pytest.raises(ValueError, match="always"):
+        minimize(broken, init[3], theta, steepness[3], solver=rule(lr=1.0))
+
+
 @pytest.mark.parametrize(
     "solver", [gd(lr=0.1, max_steps=0, tol=1e-3), newton_cg(max_steps=0, tol=1)]
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left, where
+from implicit_optim._batch import chooser, none_left, where
 from implicit_optim._linear_solver._base import Iterative, scaled
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
@@ -93,44 +93,37 @@ class CG(Iterative):
         floor = 0.0 if first_order is b else least_share
         x, r, p, rz = torch.zeros_like(b), b, first_order, dot(b, first_order)
         p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
-        strength = torch.where(
-            rz > 0, rhs_norm.square() / rz, 1.0
-        )  # M, where it is a multiple of I
         norm_of_A = torch.zeros_like(rhs_norm)  # a lower bound, for what rounding makes of zero
         nonfinite = ~torch.isfinite(rhs_norm)
         running = ~nonfinite & (residual_norm > target)
-        indefinite = torch.zeros_like(running)
-        steps = torch.zeros_like(running, dtype=torch.int32)
-        carried = torch.zeros_like(rhs_norm)  # beta / alpha of the step before
-        lanczos = []  # diagonal and off-diagonal of the tridiagonal matrix that CG builds
+        strength = torch.where(rz > 0, rhs_norm.square() / rz, 1.0)  # M, if a multiple of I
+        seen = _Seen([running], [], [rz], [], [])
 
         for k in range(max_steps):
             if not fixed and k % self.check_every == 0 and none_left(running):
                 break
             Ap = operator.mv(p)
             curvature, p_norm = dot(p, Ap), norm(p)
-            norm_of_A = torch.maximum(norm_of_A, torch.where(running, norm(Ap) / p_norm, 0.0))
-            least = torch.maximum(floor * p_in_M, eps * norm_of_A * p_norm.square())
-            diagonal = torch.where(running, curvature / rz + carried, math.nan)
-            nonfinite = nonfinite | (running & ~torch.isfinite(curvature))
-            indefinite = indefinite | (running & (curvature <= least))
-            running = running & ~nonfinite & ~indefinite
-            alpha = torch.where(running, rz / curvature, 0.0).unsqueeze(-1)
-            x = where(running, torch.addcmul(x, alpha, p), x)
-            r = where(running, torch.addcmul(r, alpha, Ap, value=-1), r)
-            steps = steps + running
+            norm_of_A = torch.maximum(norm_of_A, norm(Ap) / p_norm)
+            least = eps * norm_of_A * p_norm.square()
+            if floor > 0:
+                least = torch.maximum(floor * p_in_M, least)
+            moving = running & ~(curvature <= least) & (curvature < math.inf)
+            keep, alpha = chooser(moving), (rz / curvature).unsqueeze(-1)
+            x = keep(torch.addcmul(x, alpha, p), x)
+            r = keep(torch.addcmul(r, alpha, Ap, value=-1), r)
             residual_norm = norm(r)
-            running = running & (residual_norm > target)
+            running = moving & (residual_norm > target)
             z = operator.precondition(r)
             rz, rz_before = dot(r, z), rz
-            beta = torch.where(running, rz / rz_before, 0.0)
-            p = where(running, torch.addcmul(z, beta.unsqueeze(-1), p), p)
-            p_in_M = rz + beta.square() * p_in_M
-            carried = torch.where(running, beta / alpha.squeeze(-1), 0.0)
-            off_diagonal = torch.where(running, carried / beta.sqrt(), 0.0)
-            lanczos.append(torch.stack([diagonal, off_diagonal], -1))
+            beta = rz / rz_before
+            p = keep(torch.addcmul(z, beta.unsqueeze(-1), p), p)
+            if floor > 0:
+                p_in_M = rz + beta.square() * p_in_M
+            seen.add(running, moving, rz, curvature, least)
 
-        nonfinite = nonfinite | ~torch.isfinite(residual_norm)
+        steps, indefinite, broken = seen.counts()
+        nonfinite = nonfinite | broken | ~torch.isfinite(residual_norm)
         stopped_at_once = (steps == 0) & (residual_norm > target)
         if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
             true_norm = norm(b - operator.mv(x))
@@ -143,7 +136,58 @@ class CG(Iterative):
             status = torch.where(missed, Status.MAX_STEPS.value, status)
         status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, status)
         status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
-        tridiagonal = torch.stack(lanczos, -2) if lanczos else b.new_zeros((*b.shape[:-1], 0, 2))
-        tridiagonal = tridiagonal * strength[..., None, None]
-        numbers = (steps, scale * residual_norm, scale * rhs_norm, tridiagonal)
+        lanczos = seen.tridiagonal() * strength[..., None, None]
+        numbers = (steps, scale * residual_norm, scale * rhs_norm, lanczos)
         return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
+
+
+class _Seen(NamedTuple):
+    """What the iterations leave behind, a number a task and iteration; read when they are over.
+
+    Attributes:
+        running: whether a task was going on before the first iteration, and after each.
+        moving: whether the iteration moved it.
+        rz: ``r.z`` before the first iteration, and after each.
+        curvature: ``p.Ap``.
+        least: what it had to exceed.
+    """
+
+    running: list[Tensor]
+    moving: list[Tensor]
+    rz: list[Tensor]
+    curvature: list[Tensor]
+    least: list[Tensor]
+
+    def add(self, *numbers: Tensor) -> None:
+        """One more iteration."""
+        for so_far, number in zip(self, numbers, strict=True):
+            so_far.append(number)
+
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How many iterations moved each task; whether one was indefinite, or not finite."""
+        if not self.moving:
+            none = torch.zeros_like(self.running[0])
+            return none.to(torch.int32), none, none
+        asked, curvature = torch.stack(self.running[:-1], -1), torch.stack(self.curvature, -1)
+        indefinite = asked & (curvature <= torch.stack(self.least, -1))
+        broken = asked & ~torch.isfinite(curvature)
+        steps = torch.stack(self.moving, -1).sum(-1, dtype=torch.int32)
+        return steps, indefinite.any(-1), broken.any(-1)
+
+    def tridiagonal(self) -> Tensor:
+        """Diagonal and off-diagonal of the matrix that CG builds, ``[*batch, steps, 2]``.
+
+        The entries of an iteration that a task did not ask for are NaN, and zero beside the diagonal.
+        """
+        rz = torch.stack(self.rz, -1)
+        if not self.moving:
+            return rz.new_zeros((*rz.shape[:-1], 0, 2))
+        running, inverse = torch.stack(self.running, -1), torch.stack(self.curvature, -1)
+        asked, going_on = running[..., :-1], running[..., 1:]
+        inverse = inverse / rz[..., :-1]  # 1 / alpha
+        beta = torch.where(going_on, rz[..., 1:] / rz[..., :-1], 0.0)
+        carried = torch.where(going_on, beta * inverse, 0.0)
+        carried = torch.nn.functional.pad(carried[..., :-1], (1, 0))
+        diagonal = torch.where(asked, inverse + carried, math.nan)
+        beside = torch.where(going_on, beta.sqrt() * inverse, 0.0)
+        return torch.stack([diagonal, beside], -1)

@@ -85,8 +85,11 @@ class Operator(abc.ABC):
         """What takes its place in tasks where it proves not positive definite. Default: nothing."""
         return None
 
-    def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
-        """``solve`` some tasks after the other, or all at once; each with its part of the operator."""
+    def parts(self, solve: Callable[[Operator, slice | int], Any]) -> list[Any]:
+        """``solve`` some tasks after the other, or all at once; each with its part of the operator.
+
+        A part is where a slice says, or an index: of a single task, without the batch dimension.
+        """
         return [solve(self, slice(None))]
 
     def precondition(self, r: Vector) -> Vector:

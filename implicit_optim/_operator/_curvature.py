@@ -32,10 +32,10 @@ class Curvature(Operator):
         """``r / lam`` where the objective knows its proximal term."""
         return self.problem.precondition(r)
 
-    def parts(self, solve: Callable[[Operator, slice], Any]) -> list[Any]:
+    def parts(self, solve: Callable[[Operator, slice | int], Any]) -> list[Any]:
         """The chunks of the problem's [`Batching`][implicit_optim.Batching]."""
 
-        def part(problem: InnerProblem, tasks: slice) -> Any:
+        def part(problem: InnerProblem, tasks: slice | int) -> Any:
             return solve(replace(self, problem=problem, phi=self.phi[tasks]), tasks)
 
         return self.problem.parts(part, self.phi.shape[0])

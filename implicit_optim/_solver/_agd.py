@@ -105,6 +105,7 @@ class agd(Solver):
     """
 
     uses_value: ClassVar[bool] = False
+    carries_nonfinite: ClassVar[bool] = True
 
     lr: float | None = None
     momentum: float | None = None

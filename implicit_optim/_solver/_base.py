@@ -55,6 +55,8 @@ class Solver(abc.ABC):
             each look is one host synchronisation. It changes when the loop ends, not what comes out.
         differentiable: whether ``Unrolled`` can differentiate through the steps.
         uses_value: whether the rule looks at the objective's value, beside the gradient.
+        carries_nonfinite: whether an iterate or a gradient that is not finite leaves all later iterates
+            so: the loop then needs to look at the last one only.
         proximal: whether the rule is one for [`L1`][implicit_optim.L1] objectives, and for no other.
 
     Examples:
@@ -71,6 +73,7 @@ class Solver(abc.ABC):
 
     differentiable: ClassVar[bool] = True
     uses_value: ClassVar[bool] = True
+    carries_nonfinite: ClassVar[bool] = False
     proximal: ClassVar[bool] = False
 
     max_steps: int

@@ -48,6 +48,7 @@ class gd(Solver):
     """
 
     uses_value: ClassVar[bool] = False
+    carries_nonfinite: ClassVar[bool] = True
 
     lr: float | Tensor
     max_steps: int = 100
