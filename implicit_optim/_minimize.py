@@ -137,21 +137,22 @@ def run(
         The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
     _check_kind(problem, solver)
-    if solver.carries_nonfinite and solver.tol == 0 and sees_for_free(phi):
-        # Without a look at each iterate: if the last one is finite, so were all.
-        try:
-            solution = _loop(problem, phi, solver, graph_from, careful=False)
-            if surely_none(~(largest(solution.value.detach()) < math.inf)):
-                return solution
-        except (RuntimeError, ValueError, ArithmeticError):
-            pass  # an objective may refuse NaN; if it was something else it comes again
-    return _loop(problem, phi, solver, graph_from, careful=True)
+    careful = not (solver.carries_nonfinite and solver.tol == 0 and sees_for_free(phi))
+    solution = None if careful else _loop(problem, phi, solver, graph_from, careful=False)
+    if solution is None:
+        solution = _loop(problem, phi, solver, graph_from, careful=True)
+    assert solution is not None
+    return solution
 
 
 def _loop(
     problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: int, *, careful: bool
-) -> Solution:
-    """See `run`; ``careful``: each iterate is looked at before it is taken."""
+) -> Solution | None:
+    """See `run`.
+
+    Without care no iterate is looked at before it is taken: if the last one is finite, all were. If it
+    is not there is no solution, and all must be done again with care.
+    """
     record = torch.is_grad_enabled()
     running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
@@ -171,8 +172,13 @@ def _loop(
         if last and solver.tol == 0:
             break
         recorded = record and k >= graph_from
-        with _recorded(recorded):
-            at = solver.known(state) or solver.evaluate(problem, phi)
+        try:
+            with _recorded(recorded):
+                at = solver.known(state) or solver.evaluate(problem, phi)
+        except Exception:
+            if careful or _is_finite(phi):
+                raise
+            return None  # an objective may refuse NaN
         if careful or k in (0, solver.max_steps - 1):
             now = norm(at.grad)
             first_norm = now if k == 0 else first_norm
@@ -197,6 +203,8 @@ def _loop(
         phi = where(running, proposal, phi)
         steps = steps + running
     if not careful:
+        if not _is_finite(phi):
+            return None
         steps = steps + solver.max_steps
     if at is not None and at.point is not None:
         phi = where(largest(at.point) < math.inf, at.point, phi)
@@ -204,6 +212,10 @@ def _loop(
         stop(running, Status.MAX_STEPS)
     stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
     return Solution(phi, status.to(torch.int8), stats)
+
+
+def _is_finite(phi: Tensor) -> bool:
+    return surely_none(~(largest(phi.detach()) < math.inf))
 
 
 def _recorded(recorded: bool) -> contextlib.AbstractContextManager[Any]:
