@@ -522,7 +522,7 @@ def test_lam_of_another_dtype():
     anchor, phi = torch.ones(3, dtype=torch.float32), torch.zeros(3, dtype=torch.float32)
     for lam in (torch.ones(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)):
         with pytest.raises(
-            ValueError, match="lam has dtype torch.float64 but phi has torch.float32"
+            ValueError, match="lam has dtype torch.float64 but the anchor has torch.float32"
         ):
             iopt.proximal(phi, (anchor, lam))
     scalar = torch.tensor(2.0, dtype=torch.float64)
