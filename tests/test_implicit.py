@@ -144,9 +144,9 @@ def test_gradcheck_and_gradgradcheck_for_theta_lam_and_data(structured, batch):
     def f(theta, lam, x):
         return solved(theta, lam, x, y, objective, batch_ndim=len(batch))
 
-    assert gradcheck(f, (theta, lam, x))
-    if batch != (2, 2):
-        assert gradgradcheck(f, (theta, lam, x), atol=1e-6)
+    fast = batch != ()  # one random direction instead of every entry
+    assert gradcheck(f, (theta, lam, x), fast_mode=fast)
+    assert gradgradcheck(f, (theta, lam, x), atol=1e-6, fast_mode=fast)
 
 
 @pytest.mark.parametrize("shape", ["scalar", "vector", "matrix"])
