@@ -348,7 +348,7 @@ def fourth(act, module):
 
 
 def hangs(out, steps):
-    """Who waits for rank 1 does so for 5 seconds: both begin together, with all that torch imports late."""
+    """Who waits for rank 1 waits 5 seconds: both begin together, after all that torch imports late."""
     module = fourth(lambda: time.sleep(600), example())
     module.TIMEOUT = timedelta(seconds=5)
     opt = torch.optim.Adam(module.learner(0).parameters())
