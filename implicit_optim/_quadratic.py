@@ -167,7 +167,7 @@ def _flat_lam(lam: Any, layout: Layout, dtype: torch.dtype, lead: int) -> tuple[
             lam = lam.to(dtype).unsqueeze(-1)
         elif core != () and lam.dtype != dtype:
             raise ValueError(
-                f"lam has dtype {lam.dtype} but phi has {dtype}: bring them to one dtype"
+                f"lam has dtype {lam.dtype} but the anchor has {dtype}: bring them to one dtype"
             )
         if core in ((), (layout.n,), (layout.n, layout.n)):
             return lam, len(core)

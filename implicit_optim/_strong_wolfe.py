@@ -97,7 +97,7 @@ class StrongWolfe(Search):
         low = _Point(zero, value, slope)
         high = _Point(zero + math.inf, value, slope)
         width = zero + math.inf
-        first = low
+        end = low  # the trial that closed the bracket, before that the last one
         t = proposal = torch.where(slope < 0, self.lr, zero)
         found, done = slope == 0, ~(slope < 0)
         for trial in range(self.max_trials):
@@ -106,7 +106,7 @@ class StrongWolfe(Search):
                     break
                 t = torch.where(done, t, proposal)
             at = _Point(t, *along.value_and_slope(t))
-            first = at if trial == 0 else first
+            end = end.replaced(high.t == math.inf, at)
             falls = (at.value <= value + self.c1 * t * slope + rounding) & at.slope.isfinite()
             falls = falls & (at.value > -math.inf) & (at.value <= low.value + rounding)
             met = ~done & falls & (at.slope.abs() <= -self.c2 * slope)
@@ -122,8 +122,10 @@ class StrongWolfe(Search):
             proposal = torch.where(high.t < math.inf, inside, _beyond(last, low, rounding))
         if none_left(~found):
             return t, found  # the very tensor of the last trial: its gradient is known
-        # By the curvature that the first trial saw, F could fall by slope^2 / (2 curvature).
-        level = slope.square() * first.t <= 2 * rounding * (first.slope - slope)
+        # By the curvature over the first bracket F could fall by slope^2 / (2 curvature); where F is
+        # convex, by no more than the slope promised for the length of that bracket.
+        level = slope.square() * end.t <= 2 * rounding * (end.slope - slope)
+        level = level | ((-slope * end.t <= rounding) & (high.t < math.inf))
         falls = (low.value < value) | (level & (slope < 0))
         return torch.where(found, t, torch.where(falls, low.t, zero)), found | falls
 

@@ -48,13 +48,13 @@ def _fresh_torch():
 
 @pytest.fixture(scope="session")
 def omniglot_zips(tmp_path_factory):
-    """A folder with Omniglot's 964 + 659 characters as zips, seven tiny random drawings of each."""
+    """A folder with Omniglot's 964 + 659 characters as zips, four tiny random drawings of each."""
     image = pytest.importorskip("PIL.Image")
     folder = tmp_path_factory.mktemp("omniglot")
     generator = torch.Generator().manual_seed(0)
     for part, count in (("images_background", 964), ("images_evaluation", 659)):
         characters = (torch.rand(count, 1, 7, 7, generator=generator) < 0.5).byte()
-        noise = (torch.rand(count, 7, 7, 7, generator=generator) < 0.1).byte()
+        noise = (torch.rand(count, 4, 7, 7, generator=generator) < 0.1).byte()
         with zipfile.ZipFile(folder / f"{part}.zip", "w") as file:
             for c, character in enumerate(255 * (characters ^ noise)):
                 for d, drawing in enumerate(character):

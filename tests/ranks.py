@@ -1,8 +1,8 @@
 """What each process of test_distributed.py runs under torchrun.
 
-ranks.py checks FILE         figures of all checks, as JSON
+ranks.py checks OUT STEPS    figures of all checks, as OUT/figures.json; then rank 1 is killed
 ranks.py train OUT STEPS     examples/distributed.py, small and in float64
-ranks.py interrupted OUT STEPS     the same; rank 1 is killed once, and hangs once it was restarted
+ranks.py hangs OUT STEPS     the same; rank 1 hangs
 """
 
 import importlib.util
@@ -24,8 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import implicit_optim as iopt
-from implicit_optim.tasks import MLP, sinusoids
+if __name__ == "__main__":
+    sys.modules["torchvision"] = None  # nothing here needs it, and its import takes a second
+
+import implicit_optim as iopt  # noqa: E402
+from implicit_optim.tasks import MLP, sinusoids  # noqa: E402
 
 TASKS, STEPS = 5, 4
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -305,14 +308,17 @@ CHECKS = {
 }
 
 
-def checks(path):
+def checks(out, steps):
+    out = Path(out)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     figures = {name: check() for name, check in CHECKS.items()}
     # Without an interruption, by the example's own loop.
-    example().train(STEPS + 2, 0, Path(path).with_name("whole.pt"), torch.device("cpu"))
+    example().train(int(steps), 0, out / "whole.pt", torch.device("cpu"))
     if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(figures), encoding="utf-8")
-    dist.destroy_process_group()
+        (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+    # Rank 1 dies here, in the processes that are there: to start others takes longer.
+    module = fourth(lambda: os.kill(os.getpid(), signal.SIGKILL), example())
+    module.train(int(steps), 0, out / "run.pt", torch.device("cpu"))
 
 
 # -- the example, undisturbed and not --------------------------------------------------------------
@@ -324,28 +330,37 @@ def train(out, steps, module=None):
     module.main()
 
 
-def interrupted(how, out, steps):
-    """Rank 1 is killed, or hangs, in its fourth step.
+def fourth(act, module):
+    """Rank 1 does that in its fourth step.
 
     It has then been through a step with rank 0 that came after a checkpoint: the file is there.
     """
-    module = example()
-    if how == "hang":
-        module.TIMEOUT = timedelta(seconds=20)
     share, calls = module.share, []
 
     def hit(*args):
         calls.append(args)
         if os.environ["RANK"] == "1" and len(calls) == 4:
-            if how == "hang":
-                time.sleep(600)
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return share(*args)
 
     module.share = hit
+    return module
+
+
+def hangs(out, steps):
+    """Who waits for rank 1 waits 5 seconds: both begin together, after all that torch imports late."""
+    module = fourth(lambda: time.sleep(600), example())
+    module.TIMEOUT = timedelta(seconds=5)
+    opt = torch.optim.Adam(module.learner(0).parameters())
+    opt.zero_grad()
+    opt.step()
+    (Path(out) / f"ready{os.environ['RANK']}").touch()
+    while len(list(Path(out).glob("ready*"))) < 2:
+        time.sleep(0.02)
     train(out, steps, module)
 
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
-    {"checks": checks, "train": train, "interrupted": interrupted}[sys.argv[1]](*sys.argv[2:])
+    roles = {"checks": checks, "train": train, "hangs": hangs}
+    roles[sys.argv[1]](*sys.argv[2:])

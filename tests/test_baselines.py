@@ -161,7 +161,7 @@ def test_reptile_is_theta_minus_phi(solver):
 def test_reptile_at_the_solution_is_the_slope_of_the_support_loss():
     """Appendix A: theta - phi = grad Lhat(phi) / lam there."""
     model, (support, query) = network(), episodes(1)
-    meta = learner(model, iopt.Reptile(), iopt.gd(lr=0.3, max_steps=3000))
+    meta = learner(model, iopt.Reptile(), iopt.gd(lr=0.3, max_steps=800))
     g = gradient(meta, support, query)
     phi = {n: t[0].requires_grad_() for n, t in meta.adapt(support).items()}
     fit = F.mse_loss(torch.func.functional_call(model, phi, support[0][0]), support[1][0])

@@ -6,6 +6,7 @@ small. `aot_eager` traces as `inductor` does, backward pass included, but genera
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 import implicit_optim as iopt
@@ -33,6 +34,7 @@ def double():
     torch.set_default_dtype(torch.float64)
 
 
+@torch._inductor.config.patch(compile_threads=1)  # no pool of processes for two small graphs
 def test_minimize_and_attach_give_the_dense_solution_and_meta_gradient():
     problem = problems.ridge(kappa=10.0, batch=(3,), n=2)
     theta = tuple(t.clone().requires_grad_() for t in problem.theta)

@@ -47,6 +47,7 @@ def test_demo_prints_a_table_and_saves_a_picture(demo, monkeypatch, capsys, tmp_
 
 
 def test_demo_is_deterministic_for_a_seed(demo, monkeypatch, capsys, tmp_path):
+    demo.TASKS, demo.TEST_WAVES = 2, 5
     said = [
         run_main(demo, monkeypatch, capsys, tmp_path, "--steps", "3", "--seed", seed).out
         for seed in ("1", "1", "2")

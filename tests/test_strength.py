@@ -91,7 +91,7 @@ def test_a_learned_strength_against_differences_and_a_long_unroll(kind):
     model, prox, support, query = setting(kind, learned=True)
     wrt = list(prox.parameters())
     ours = torch.autograd.grad(learner(model, prox)(support, query).mean(), wrt)
-    long = learner(model, prox, iopt.Unrolled(), iopt.gd(lr=0.15, max_steps=1500))
+    long = learner(model, prox, iopt.Unrolled(), iopt.gd(lr=0.15, max_steps=500))
     unrolled = torch.autograd.grad(long(support, query).mean(), wrt)
     for g, u, p in zip(ours, unrolled, wrt, strict=True):
         torch.testing.assert_close(g, u, rtol=1e-8, atol=1e-10)
