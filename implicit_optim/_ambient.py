@@ -81,20 +81,23 @@ class Ambient:
                     raise RuntimeError(f"{hint}\n(torch: {error})") from error
             raise
 
-    def hold(self, solve: Callable[[Ambient], Any], once: Callable[[], Any]) -> Any:
+    def hold(
+        self, solve: Callable[[Ambient], Any], once: Callable[[], Any], *, watched: bool
+    ) -> Any:
         """Call ``solve``, whose many evaluations find all as it was, instead of each bringing it back.
 
         Args:
             solve: is given what its problem is to be evaluated with.
             once: evaluates the problem once, as it is: if somebody drew random numbers during the solve,
                 it tells whether that was the objective.
+            watched: look whether somebody did, as in `evaluate`.
         """
         if torch.compiler.is_compiling() or self.seed is not None or self.autocast is not None:
             return solve(self)
         with _without_fast_path(), self._kernels():
-            before = _states(self.device)
+            before = _states(self.device) if watched else []
             result = solve(replace(self, held=True))
-        if _moved(before, self.device):
+        if watched and _moved(before, self.device):
             once()
         return result
 

@@ -112,6 +112,7 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
             problem.ambient.hold(
                 lambda ambient: run(replace(problem, ambient=ambient), start, solver),
                 lambda: problem.grad(start),
+                watched=not problem.shared or problem.batching.loops,
             ),
             tasks,
         )
