@@ -35,17 +35,18 @@ TITLES = {
     "shine": "SHINE",
     "shine-refined": "SHINE, 3 products more",
     "hoag": "HOAG",
+    "hoag-gauss-newton": "HOAG, Gauss-Newton",
     "cg-5-pool": "iMAML, CG(5), pool",
     "amigo": "AmIGO, pool",
     "soba": "SOBA, pool",
+    "soba-gauss-newton": "SOBA, Gauss-Newton, pool",
     "truncated-5": "truncated, 5 steps",
     "truncated-1": "one step",
     "moreau": "Moreau envelope",
     "cg-2": "iMAML, CG(2)",
     "neumann-5": "iMAML, Neumann(5)",
-    "cg-1": "iMAML, CG(1)",
 }
-POOLED = ("cg-5-pool", "amigo", "soba")
+POOLED = ("cg-5-pool", "amigo", "soba", "soba-gauss-newton")
 MARKS = 3  # validations
 
 
@@ -117,7 +118,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Amigo(iopt.MetaGradient):
-    """phi and w in ``A w = v`` go on from the task's last visit, see Arbel & Mairal 2022."""
+    """phi and w in ``A w = v`` go on from the task's last visit, see Arbel & Mairal 2022.
+
+    Of phi the offset from theta is kept: between two visits theta moves, and takes phi with it.
+    """
 
     pool: Pool
     products: int
@@ -126,7 +130,7 @@ class Amigo(iopt.MetaGradient):
         fixed, layout = problem.detach(), problem.layout
         solution = iopt.minimize(
             fixed.objective,
-            layout.unravel(self.pool.recall("phi", start)),
+            layout.unravel(start + self.pool.recall("offset", torch.zeros_like(start))),
             fixed.theta,
             *fixed.data,
             solver=solver,
@@ -134,7 +138,7 @@ class Amigo(iopt.MetaGradient):
             batching=fixed.batching,
         )
         phi = layout.ravel(solution.value)
-        self.pool.keep("phi", phi)
+        self.pool.keep("offset", phi - start)
 
         def inverse(v):
             w = self.pool.recall("w", fixed.precondition(v))
@@ -154,24 +158,27 @@ class Amigo(iopt.MetaGradient):
 class Soba(iopt.MetaGradient):
     """phi, w and theta take one step each, from the same point, see Dagreou et al. 2022.
 
-    Those of phi and w have the learning rate of the solver, which is `gd`.
+    Those of phi and w have the learning rate of the solver, which is `gd`. As in `Amigo` the offset of
+    phi from theta is kept.
     """
 
     pool: Pool
+    curvature: type[iopt.Operator] = iopt.Hessian
 
     def adapt(self, problem, start, solver, on_solve):
-        fixed, phi = problem.detach(), self.pool.recall("phi", start)
+        fixed, offset = problem.detach(), self.pool.recall("offset", torch.zeros_like(start))
+        phi = start + offset
 
         def inverse(v):
             w = self.pool.recall("w", fixed.precondition(v))
 
             def step(part, tasks):
-                A = iopt.Hessian(part, phi[tasks]).linearize()
+                A = self.curvature(part, phi[tasks]).linearize()
                 return A.gradient, A.mv(w[tasks]) - v[tasks]
 
-            slopes = zip(*fixed.parts(step, len(v)), strict=True)
-            for name, value, slope in zip(("phi", "w"), (phi, w), slopes, strict=True):
-                self.pool.keep(name, value - solver.lr * torch.cat(slope))
+            slope, residual = (torch.cat(t) for t in zip(*fixed.parts(step, len(v)), strict=True))
+            self.pool.keep("offset", offset - solver.lr * slope)
+            self.pool.keep("w", w - solver.lr * residual)
             return w
 
         return through(problem, phi, inverse)
@@ -191,10 +198,10 @@ def plan(name, s, pool):
     def hoag(step):
         level = max(0.05, 0.5 * 0.98**step)
         solver = iopt.gd(lr=s.inner_lr, max_steps=4 * s.inner_steps, tol=level)
-        return solver, iopt.Implicit(iopt.CG(max_steps=4 * s.cg_steps, rtol=level))
+        curvature = iopt.Hessian if name == "hoag" else iopt.GaussNewton
+        return solver, iopt.Implicit(iopt.CG(max_steps=4 * s.cg_steps, rtol=level), curvature)
 
     constant = {
-        "cg-1": (gd, implicit(1)),
         "cg-2": (gd, implicit(2)),
         "cg-5": (gd, implicit(5)),
         "cg-5-pool": (gd, implicit(5)),
@@ -209,8 +216,9 @@ def plan(name, s, pool):
         "shine-refined": (quasi, Shine(3)),
         "amigo": (few, Amigo(pool, 3)),
         "soba": (few, Soba(pool)),
+        "soba-gauss-newton": (few, Soba(pool, iopt.GaussNewton)),
     }
-    return hoag if name == "hoag" else lambda step: constant[name]
+    return hoag if name.startswith("hoag") else lambda step: constant[name]
 
 
 class Timed(Run):
@@ -253,7 +261,7 @@ class Timed(Run):
     def _evaluate(self):
         """Accuracy with the solver of all, and with the method's own, from theta to the end."""
         s, own = self.s, self.plan(len(self.history["loss"]))[0]
-        if self.name in ("amigo", "soba"):  # which come to the minimiser over the visits
+        if self.name in POOLED[1:]:  # which come to the minimiser over the visits
             own = iopt.gd(lr=s.inner_lr, max_steps=4 * s.inner_steps)
         solvers = {"accuracy": None}
         if own != iopt.gd(lr=s.inner_lr, max_steps=s.inner_steps):
