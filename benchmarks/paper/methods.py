@@ -29,9 +29,14 @@ from implicit_optim.tasks import ConvNet, Episodes, omniglot, omniglot_splits
 
 TITLES = {
     "cg-5": "iMAML, CG(5)",
+    "cg-2": "iMAML, CG(2)",
+    "gauss-newton": "iMAML, CG(5), Gauss-Newton",
+    "neumann-5": "iMAML, Neumann(5)",
+    "truncated-5": "truncated, 5 steps",
+    "truncated-1": "one step",
     "first-order": "first order, Jacobian-free",
     "maml": "MAML",
-    "gauss-newton": "iMAML, CG(5), Gauss-Newton",
+    "moreau": "Moreau envelope",
     "shine": "SHINE",
     "shine-refined": "SHINE, 3 products more",
     "hoag": "HOAG",
@@ -40,11 +45,6 @@ TITLES = {
     "amigo": "AmIGO, pool",
     "soba": "SOBA, pool",
     "soba-gauss-newton": "SOBA, Gauss-Newton, pool",
-    "truncated-5": "truncated, 5 steps",
-    "truncated-1": "one step",
-    "moreau": "Moreau envelope",
-    "cg-2": "iMAML, CG(2)",
-    "neumann-5": "iMAML, Neumann(5)",
 }
 POOLED = ("cg-5-pool", "amigo", "soba", "soba-gauss-newton")
 MARKS = 3  # validations
