@@ -1,10 +1,11 @@
 """Ways to approximate the inverse in the implicit gradient: error against Hessian-vector products.
 
 Quadratics in 50 dimensions, float64; the inner problems are solved until their error is below that of
-the backward pass, by gradient descent with the step 1 / L for truncated back-propagation, accelerated
-for the others. Truncated back-propagation through k steps is the Neumann series with k terms; with
-k = 1 it is one-step differentiation. Nystrom is the inverse of a random sketch of rank k (Hataya &
-Yamada 2023).
+the backward pass, by gradient descent with the step 1 / L for truncated back-propagation, L-BFGS for
+SHINE, accelerated for the others. Truncated back-propagation through k steps is the Neumann series with
+k terms; with k = 1 it is one-step differentiation. Nystrom is the inverse of a random sketch of rank k
+(Hataya & Yamada 2023). SHINE takes the inverse that L-BFGS holds, of all its steps, and refines it by k
+products, from there or as CG's preconditioner (Ramzi et al. 2022).
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,19 @@ import implicit_optim as iopt
 from benchmarks.measure import RESULTS, save, table
 from benchmarks.paper.quadratics import Quadratics
 from benchmarks.products import low_rank, nystrom, sketch
+from benchmarks.shine import Shine
 
 N, LAM, TASKS = 50, 1.0, 4
 KAPPAS = (10, 100, 300)  # of the inner objective
 PRODUCTS = (0, 1, 2, 5, 10, 20, 50)
-COLORS = {"truncated": "#E69F00", "Neumann": "#D55E00", "Nystrom": "#009E73", "CG": "#0072B2"}
+COLORS = {
+    "truncated": "#E69F00",
+    "Neumann": "#D55E00",
+    "Nystrom": "#009E73",
+    "SHINE": "#CC79A7",
+    "SHINE, CG": "#56B4E9",
+    "CG": "#0072B2",
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,16 @@ def problem(kappa):
 
 
 def rules(products, smoothness):
-    """Every way that spends so many products; with none each is the first-order direction."""
+    """Every way that spends so many products; with none all but SHINE are the first-order direction."""
+    shine = {"SHINE": Shine(products), "SHINE, CG": Shine(products, preconditioner=True)}
     if products == 0:
-        return dict.fromkeys(COLORS, iopt.FirstOrder())
+        return dict.fromkeys(COLORS, iopt.FirstOrder()) | shine
     neumann = iopt.Neumann(max_steps=products, step=LAM / smoothness)
     return {
         "truncated": iopt.Truncated(products),
         "Neumann": iopt.Implicit(neumann),
         "Nystrom": iopt.Implicit(Nystrom(products)),
+        **shine,
         "CG": iopt.Implicit(iopt.CG(max_steps=products)),
     }
 
@@ -63,12 +74,13 @@ def rules(products, smoothness):
 def errors(quadratics, products):
     """Relative error of the meta-gradient, by name."""
     kappa = quadratics.bounds[1] / quadratics.bounds[0]
-    descent, fast = quadratics.gd(round(12 * kappa)), quadratics.agd(round(25 * kappa**0.5))
-    every = rules(products, quadratics.bounds[1])
-    return {
-        name: quadratics.error(descent if isinstance(rule, iopt.Truncated) else fast, rule)
-        for name, rule in every.items()
+    fast, steps = quadratics.agd(round(25 * kappa**0.5)), round(12 * kappa**0.35)
+    own = {
+        iopt.Truncated: quadratics.gd(round(12 * kappa)),
+        Shine: iopt.lbfgs(max_steps=steps, memory=steps),
     }
+    every = rules(products, quadratics.bounds[1])
+    return {name: quadratics.error(own.get(type(r), fast), r) for name, r in every.items()}
 
 
 def draw(rows, path):
@@ -77,7 +89,7 @@ def draw(rows, path):
     )
     for axes, kappa in zip(every[0], KAPPAS, strict=True):
         own = [row for row in rows if row["kappa"] == kappa]
-        for (name, color), marker in zip(COLORS.items(), "sodv", strict=True):
+        for (name, color), marker in zip(COLORS.items(), "sod^<v", strict=True):
             style = {"ls": "--"} if name == "Neumann" else {}  # on top of the truncated ones
             places = [row["products"] for row in own]
             axes.plot(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks.paper import curvatures, fig2a, fig2b, summary, table1, table2, table3
+from benchmarks.paper import curvatures, fig2a, fig2b, methods, summary, table1, table2, table3
 
 RESULTS = {
     "table1": table1,
@@ -11,6 +11,7 @@ RESULTS = {
     "table2": table2,
     "table3": table3,
     "curvatures": curvatures,
+    "methods": methods,
     "summary": summary,
 }
 

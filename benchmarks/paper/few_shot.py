@@ -115,13 +115,14 @@ def normalised_by_support(model):
     return model
 
 
-def accuracy(model, s, images, tasks, seed, bar=None):
+def accuracy(model, s, images, tasks, seed, bar=None, solver=None):
     """Accuracy in % on the query sets of held-out classes: mean and half-width of its 95 % interval.
 
-    The inner problem and its solver are those of the training. A task whose predictions are not finite
-    is wrong from end to end, and is warned of.
+    The inner problem and its solver are those of the training, unless another solver is given. A task
+    whose predictions are not finite is wrong from end to end, and is warned of.
     """
     meta, hits, whole = learner(model, s), [], []
+    meta.solver = solver or meta.solver
     shape = {"ways": s.way, "shots": s.shot, "queries": TEST_QUERIES}
     size = min(20, tasks)
     for support, (x, y) in Episodes(
@@ -143,6 +144,10 @@ def accuracy(model, s, images, tasks, seed, bar=None):
         )
     hits = 100 * torch.cat(hits)[:tasks]
     return hits.mean().item(), 1.96 * hits.std().item() / math.sqrt(len(hits))
+
+
+class Diverged(SystemExit):
+    """A loss is not finite; it ends the command with advice."""
 
 
 class Run:
@@ -256,7 +261,7 @@ class Run:
         self.opt.zero_grad()
         loss.backward()
         if not math.isfinite(loss.item()):
-            raise SystemExit(
+            raise Diverged(
                 f"meta-step {step}: the loss of {(~losses.isfinite()).sum()} of {len(losses)} tasks is "
                 "not finite; lower --inner-lr or --meta-lr, or raise --lam"
             )
