@@ -81,25 +81,20 @@ class Ambient:
                     raise RuntimeError(f"{hint}\n(torch: {error})") from error
             raise
 
-    def hold(
-        self, solve: Callable[[Ambient], Any], once: Callable[[], Any], *, watched: bool
-    ) -> Any:
+    def hold(self, solve: Callable[[Ambient], Any], *, watched: bool) -> Any:
         """Call ``solve``, whose many evaluations find all as it was, instead of each bringing it back.
 
         Args:
             solve: is given what its problem is to be evaluated with.
-            once: evaluates the problem once, as it is: if somebody drew random numbers during the solve,
-                it tells whether that was the objective.
-            watched: look whether somebody did, as in `evaluate`.
+            watched: look whether somebody drew random numbers meanwhile; if so, ``solve`` is called once
+                more, and each of its evaluations tells whether that was the objective.
         """
         if torch.compiler.is_compiling() or self.seed is not None or self.autocast is not None:
             return solve(self)
         with _without_fast_path(), self._kernels():
             before = _states(self.device) if watched else []
             result = solve(replace(self, held=True))
-        if watched and _moved(before, self.device):
-            once()
-        return result
+        return solve(self) if watched and _moved(before, self.device) else result
 
     def over_tasks(
         self,

@@ -108,14 +108,11 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
 
     def part(problem: InnerProblem, tasks: slice | int) -> Solution:
         start = init[tasks].clone()  # because a task that takes no step must not return init itself
-        return led(
-            problem.ambient.hold(
-                lambda ambient: run(replace(problem, ambient=ambient), start, solver),
-                lambda: problem.grad(start),
-                watched=not problem.shared or problem.batching.loops,
-            ),
-            tasks,
+        solution = problem.ambient.hold(
+            lambda ambient: run(replace(problem, ambient=ambient), start, solver),
+            watched=not problem.shared or problem.batching.loops,
         )
+        return led(solution, tasks)
 
     with torch.no_grad(), full_precision(init.device):
         return joined(problem.parts(part, init.shape[0]))

@@ -151,7 +151,7 @@ def test_without_stochastic_it_is_an_error_that_says_so(batching):
 
 
 def test_a_solver_may_draw_where_the_objective_may_not():
-    """Whether the objective drew is looked at once a solve; who drew, by one more evaluation."""
+    """Whether somebody drew is looked at once a solve; who it was, in each evaluation of another."""
 
     class Langevin(iopt.Solver):
         def step(self, problem, phi, at, state):
@@ -162,11 +162,18 @@ def test_a_solver_may_draw_where_the_objective_may_not():
     phi = iopt.minimize(parabola, torch.zeros(3), torch.ones(3), solver=noisy).value
     torch.testing.assert_close(phi, torch.ones(3), rtol=0.0, atol=0.05)
 
-    def later(phi, theta):  # of a value that never changes: the numbers drawn are lost
+    def always(phi, theta):  # of a value that never changes: the numbers drawn are lost
         return parabola(phi, theta) + 0 * torch.rand(()).item()
 
     with pytest.raises(RuntimeError, match=DRAWS):
-        iopt.minimize(later, torch.zeros(3), torch.ones(3), solver=noisy)
+        iopt.minimize(always, torch.zeros(3), torch.ones(3), solver=noisy)
+
+    def near(phi, theta):  # only there, so that one more evaluation at the start would not tell
+        return parabola(phi, theta) + 0 * (torch.rand(()) if phi.detach().sum() > 1 else 0.0)
+
+    for solver in (noisy, iopt.gd(lr=0.1, max_steps=20)):
+        with pytest.raises(RuntimeError, match=DRAWS):
+            iopt.minimize(near, torch.zeros(3), torch.ones(3), solver=solver)
 
 
 def ridge(phi, theta, x, y):
