@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.measure import RESULTS, machine, table
-from benchmarks.paper.few_shot import Run, Settings
+from benchmarks.paper.few_shot import Run, comparison
 from implicit_optim.tasks import ConvNet, omniglot, omniglot_splits
 
 LAMS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -45,27 +45,7 @@ def arguments(parser):
 
 
 def settings(args):
-    """Those of table 2, shorter."""
-    return Settings(
-        method="imaml-gd",
-        way=5,
-        shot=1,
-        train_shot=1,
-        queries=15,
-        lam=0.5,
-        inner_lr=0.1,
-        inner_steps=16,
-        cg_steps=5,
-        curvature="hessian",
-        zero_head=True,
-        tasks=args.tasks,
-        steps=args.steps,
-        meta_lr=1e-3,
-        cycles=0,
-        validate_every=max(1, args.steps // 3),
-        test_tasks=args.test_tasks,
-        seed=0,
-    )
+    return comparison(args, args.steps, max(1, args.steps // 3))
 
 
 def finished(s, split, folder):

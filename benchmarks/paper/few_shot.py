@@ -73,6 +73,30 @@ class Settings:
         return f"{self.way}-way {self.shot}-shot, {METHODS[self.method]}"
 
 
+def comparison(args, steps, validate_every):
+    """Settings of table 2, for short runs beside each other: 5-way 1-shot, lam = 0.5."""
+    return Settings(
+        method="imaml-gd",
+        way=5,
+        shot=1,
+        train_shot=1,
+        queries=15,
+        lam=0.5,
+        inner_lr=0.1,
+        inner_steps=16,
+        cg_steps=5,
+        curvature="hessian",
+        zero_head=True,
+        tasks=args.tasks,
+        steps=steps,
+        meta_lr=1e-3,
+        cycles=0,
+        validate_every=validate_every,
+        test_tasks=args.test_tasks,
+        seed=0,
+    )
+
+
 def learner(model, s, on_solve=None):
     """The five methods: each is one or two arguments of `MetaLearner`."""
     curvature = CURVATURES[s.curvature]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import implicit_optim as iopt
 from benchmarks.measure import RESULTS, machine, table
-from benchmarks.paper.few_shot import Diverged, Run, Settings, accuracy
+from benchmarks.paper.few_shot import Diverged, Run, accuracy, comparison
 from benchmarks.paper.points import Points
 from benchmarks.shine import Shine, refined, through
 from implicit_optim.tasks import ConvNet, Episodes, omniglot, omniglot_splits
@@ -62,27 +62,8 @@ def arguments(parser):
 
 
 def settings(args):
-    """Those of table 2; what ends a run is its time."""
-    return Settings(
-        method="imaml-gd",
-        way=5,
-        shot=1,
-        train_shot=1,
-        queries=15,
-        lam=0.5,
-        inner_lr=0.1,
-        inner_steps=16,
-        cg_steps=5,
-        curvature="hessian",
-        zero_head=True,
-        tasks=args.tasks,
-        steps=None,
-        meta_lr=1e-3,
-        cycles=0,
-        validate_every=None,
-        test_tasks=args.test_tasks,
-        seed=0,
-    )
+    """What ends a run is its time."""
+    return comparison(args, steps=None, validate_every=None)
 
 
 # ---------------------------------------------------------------------------- rules with a memory
