@@ -24,6 +24,7 @@ _LOCK = threading.RLock()
 # torch reads a generator with its mutex locked and may collect garbage meanwhile, which lets go of the
 # GIL: a second reader then waits for the mutex with the GIL, the first for the GIL with the mutex.
 _READING = threading.RLock()
+_DRAWING = threading.local()
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,22 @@ def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
     with _LOCK:
         with temporarily_clear_interpreter_stack():  # the states are no part of any transform
             states = [generator.get_state() for generator in generators]
-        for generator in generators:
-            generator.manual_seed(seed)
+        before = getattr(_DRAWING, "seeds", [])
+        _DRAWING.seeds = [(generator, seed) for generator in generators]
+        draw_again()
         try:
             yield
         finally:
+            _DRAWING.seeds = before
             with temporarily_clear_interpreter_stack():
                 for generator, state in zip(generators, states, strict=True):
                     generator.set_state(state)
+
+
+def draw_again() -> None:
+    """Begin the random numbers of this thread's evaluation anew, if it may draw any."""
+    for generator, seed in getattr(_DRAWING, "seeds", []):
+        generator.manual_seed(seed)
 
 
 def _states(device: torch.device) -> list[torch.Tensor]:

@@ -22,44 +22,51 @@ from implicit_optim._layers import along_cotangents, recording
 SecondOrder = tuple[Any, Callable[[Any], Any], Tensor]
 
 
-def _alone() -> bool:
-    """Whether no graph, no transform, no dual number and no compiler would see what is computed."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (
-        torch.is_grad_enabled()
-        or torch.is_inference_mode_enabled()
+def is_composed() -> bool:
+    """Whether a transform, dual numbers or a compiler would see what is computed."""
+    return (
+        torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 
 
+def _alone() -> bool:
+    """Whether not even a graph would see it."""
+    return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_composed())
+
+
 @contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Record a graph, in which activation checkpointing is refused, as torch.func refuses it."""
+def _recording(derivatives: int) -> Iterator[None]:
+    """Record a graph for so many derivatives; activation checkpointing is refused, as by torch.func."""
     refusal = "torch.func transforms do not yet support saved tensor hooks"
     hooks = torch.autograd.graph.disable_saved_tensors_hooks(refusal)
-    with torch.enable_grad(), hooks, recording():
+    with torch.enable_grad(), hooks, recording(derivatives):
         yield
 
 
-def gradient(values: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(values: Callable[[Any], Tensor], x: Any) -> tuple[Any, Tensor]:
     """Gradient of ``values(x).sum()``, and the values.
 
     Args:
-        values: ``[*batch, n] -> [*batch]``.
-        x: ``[*batch, n]``.
+        values: of a tensor or a pytree, ``[*batch]``.
+        x: tensor or pytree of tensors.
 
     Returns:
-        The gradient ``[*batch, n]`` and the values ``[*batch]``.
+        The gradient, like x, and the values ``[*batch]``.
     """
     if not _alone():
         return torch.func.grad(_sum_and_values(values), has_aux=True)(x)
-    with _recording():
-        x = x.detach().requires_grad_()
-        each = values(x)
-        (slope,) = _grad([each], [x])
-    return slope, each.detach()
+    with _recording(1):
+        if isinstance(x, Tensor):  # the usual case, without a walk
+            x = x.detach().requires_grad_()
+            each = values(x)
+            (slope,) = _grad([each], [x])
+            return slope, each.detach()
+        leaves, spec = pytree.tree_flatten(x)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        each = values(pytree.tree_unflatten(leaves, spec))
+        return pytree.tree_unflatten(_grad([each], leaves), spec), each.detach()
 
 
 def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
@@ -78,7 +85,7 @@ def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
             slope, pull, each = cast(Any, torch.func.vjp(first, x, has_aux=True))
         return slope, lambda direction: pull(direction)[0], each
     leaves, spec = pytree.tree_flatten(x)
-    with _recording(), twice_differentiable():
+    with _recording(2), twice_differentiable():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         each = values(pytree.tree_unflatten(leaves, spec))
         slopes = _grad([each], leaves, create_graph=True)
@@ -109,7 +116,7 @@ def vjp(
             out, pull = cast(Any, torch.func.vjp(fn, x))
         return out, lambda cotangent: pull(cotangent)[0]
     leaves, spec = pytree.tree_flatten(x)
-    with _recording(), twice_differentiable():
+    with _recording(2), twice_differentiable():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         out, out_spec = pytree.tree_flatten(fn(pytree.tree_unflatten(leaves, spec)))
 

@@ -18,6 +18,7 @@ from implicit_optim._module import as_function, as_returned, only_tensors
 from implicit_optim._objective import Objective
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
+from implicit_optim._query_loss import query_losses
 from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import (
     RunningStats,
@@ -150,7 +151,7 @@ class MetaLearner(nn.Module):
         query_loss = Objective(as_function(view), self.loss).fit
         # Other random numbers than those of the support set, from the same draw.
         asked_seed = None if seed is None else ~seed
-        losses = self._over_tasks(query_loss, phi, tuple(query), asked_seed)
+        losses = query_losses(query_loss, phi, tuple(query), asked_seed, self._batching(query))
         return self.meta_gradient.outer(self.anchor(), phi, losses)
 
     if TYPE_CHECKING:  # torch types the call of any module as Any
@@ -223,13 +224,18 @@ class MetaLearner(nn.Module):
         anchor = self.anchor()
         theta = (anchor, self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
-        batching = self._automatic(support) if self.batching is None else self.batching
+        batching = self._batching(support)
         return InnerProblem.bind(
             self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=batching
         )
 
-    def _automatic(self, episode: Episode) -> Batching:
-        """How convolutions are solved on a CPU, see docs/cost.md; it never changes what is drawn."""
+    def _batching(self, episode: Episode) -> Batching:
+        """As asked for; else how convolutions are solved on a CPU, see docs/cost.md.
+
+        It never changes what is drawn.
+        """
+        if self.batching is not None:
+            return self.batching
         weights = list(self.anchor().values())
         convolutional = any(weight.ndim >= 3 for weight in weights)
         if self.stochastic or weights[0].device.type != "cpu" or not convolutional:
@@ -245,8 +251,7 @@ class MetaLearner(nn.Module):
     def _over_tasks(
         self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
     ) -> Any:
-        batching = self._automatic(data) if self.batching is None else self.batching
-        ambient = Ambient.now(next(iter(phi.values())).device, seed)
+        ambient, batching = Ambient.now(next(iter(phi.values())).device, seed), self._batching(data)
         return ambient.over_tasks(
             lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import unfused
-from implicit_optim._layers import STAND_INS
+from implicit_optim._ambient import draw_again, unfused
+from implicit_optim._layers import STAND_INS, plainly
+
+# Models that call view on an image whose channels lie side by side.
+_PLAIN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def as_function(model: nn.Module) -> Callable[..., Any]:
@@ -42,7 +46,23 @@ def as_function(model: nn.Module) -> Callable[..., Any]:
                 return functional_call(views.own.module, state, inputs)
         return views.own(state, *inputs)
 
-    return forward
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return forward
+    return lambda phi, *inputs: _in_any_order(model, lambda: forward(phi, *inputs))
+
+
+def _in_any_order(model: nn.Module, forward: Callable[[], Any]) -> Any:
+    """Call the model with images in the order that its convolutions like, if it can do with it."""
+    if model not in _PLAIN:
+        try:
+            return pytree.tree_map_only(Tensor, Tensor.contiguous, forward())
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            _PLAIN.add(model)
+            draw_again()
+    with plainly():
+        return forward()
 
 
 class _View:

@@ -159,9 +159,9 @@ def test_a_convolutional_learner_takes_threads_and_the_same_numbers(two_threads,
     assert torch.get_num_threads() == 2
     conv = iopt.MetaLearner(model, F.cross_entropy, solver=iopt.gd(lr=0.1))
     episode = lambda tasks, examples: (torch.rand(tasks, examples, 1, 4, 4), None)  # noqa: E731
-    assert conv._automatic(episode(3, 13)) == iopt.Batching(chunk_size=1, threads=2)
-    assert conv._automatic(episode(1, 13)) == iopt.Batching(chunk_size=1, threads=1)
-    assert conv._automatic(episode(3, 12)) == iopt.Batching()  # small: one grouped convolution
+    assert conv._batching(episode(3, 13)) == iopt.Batching(chunk_size=1, threads=2)
+    assert conv._batching(episode(1, 13)) == iopt.Batching(chunk_size=1, threads=1)
+    assert conv._batching(episode(3, 12)) == iopt.Batching()  # small: one grouped convolution
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -185,7 +185,7 @@ def test_other_learners_take_one_batch(two_threads):
     mlp = iopt.MetaLearner(MLP(2, (3,), 1), F.mse_loss, solver=solver)
     drawing = iopt.MetaLearner(ConvNet(2), F.cross_entropy, solver=solver, stochastic=True)
     episode = torch.rand(8, 50, 2), None
-    assert mlp._automatic(episode) == drawing._automatic(episode) == iopt.Batching()
+    assert mlp._batching(episode) == drawing._batching(episode) == iopt.Batching()
 
 
 def test_settings_out_of_range():

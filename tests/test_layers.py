@@ -35,6 +35,7 @@ LAYERS = {
     "_objective": 1,
     "_proximal": 1,
     "_quadratic": 1,
+    "_query_loss": 1,
     "_report": 1,
     "_operator": 2,
     "_linear_solver": 3,

@@ -116,7 +116,9 @@ def test_all_eleven_million_parameters_adapt():
     model, (support, query) = resnet(adapts=[""]), episodes(tasks=1)
     one = {"solver": iopt.gd(lr=LR, max_steps=1), "meta_gradient": iopt.FirstOrder()}
     ours = learned(learner(model, RunningStats.BATCH, **one), support, query)
-    assert_same(ours, plain_loop(model, RunningStats.BATCH, support, query, steps=1))
+    # Batch norm over three numbers magnifies rounding: inputs that differ by 1e-15 move it by 1e-9.
+    plain = plain_loop(model, RunningStats.BATCH, support, query, steps=1)
+    assert_same(ours, plain, rtol=1e-7, atol=1e-8)
 
 
 def check_directions(meta, support, query, count, eps):

@@ -11,7 +11,7 @@ from torch.autograd.functional import hessian
 import implicit_optim as iopt
 from implicit_optim._layers import STAND_INS, recording
 from implicit_optim._layers._base import solving
-from implicit_optim._module import _View
+from implicit_optim._module import _PLAIN, _View
 
 CASES = {
     "conv1d": (nn.Conv1d(2, 3, 3, padding=1), (4, 2, 7)),
@@ -39,6 +39,7 @@ CASES = {
         nn.BatchNorm2d(3, affine=False, track_running_stats=False),
         (4, 3, 2, 5),
     ),
+    "relu": (nn.ReLU(), (4, 3, 2, 5)),
     "batch norm in eval mode": (nn.BatchNorm2d(3).eval(), (4, 3, 2, 5)),
 }
 
@@ -75,7 +76,7 @@ def test_a_layer_has_the_derivatives_of_torch(name, wrt_x):
     view = _View(layer)
     assert type(view.module) in STAND_INS.values()
     own = lambda leaves, x: torch.func.functional_call(layer, leaves, (x,))  # noqa: E731
-    with recording():
+    with recording(2):
         ours = derivatives(view, state, x, directions, wrt_x=wrt_x)
     theirs = derivatives(own, state, x, directions, wrt_x=wrt_x)
     for a, b in zip(ours, theirs, strict=True):
@@ -92,7 +93,7 @@ def test_a_batch_of_tasks_is_a_loop_over_them(name):
     state = {n: torch.randn(3, *p.shape, dtype=p.dtype) for n, p in layer.named_parameters()}
     batched = torch.func.vmap(view, in_dims=(0, 0))
     directions = [torch.randn_like(t) for t in [*state.values(), x]]
-    with recording():
+    with recording(2):
         got = derivatives(batched, state, x, directions, wrt_x=True)
         shared = torch.func.vmap(view, in_dims=(0, None))(state, x[1])
     own = lambda leaves, x: torch.func.functional_call(layer, leaves, (x,))  # noqa: E731
@@ -111,7 +112,7 @@ def test_batches_of_batches(name):
     view = _View(layer.double())
     x = torch.randn(2, 3, *shape, dtype=torch.float64)
     state = {n: torch.randn(3, *p.shape, dtype=p.dtype) for n, p in layer.named_parameters()}
-    with recording():
+    with recording(2):
         got = torch.func.vmap(torch.func.vmap(view), in_dims=(None, 0))(state, x)
         for i in range(2):
             for j in range(3):
@@ -122,7 +123,7 @@ def test_batches_of_batches(name):
 def test_autocast_is_left_to_torch():
     """It casts for torch's own convolution; ours would compute another function."""
     view, x = _View(nn.Conv2d(1, 2, 3)), torch.randn(2, 1, 5, 5)
-    with torch.autocast("cpu", torch.bfloat16), recording():
+    with torch.autocast("cpu", torch.bfloat16), recording(2):
         y = view({}, x)
     assert y.dtype == torch.bfloat16 and type(y.grad_fn).__name__ != "_ConvolutionBackward"
 
@@ -131,14 +132,14 @@ def test_nobody_stands_in_outside_of_a_solve():
     """There a third derivative may be asked for, and forward mode."""
     view = _View(nn.Conv2d(1, 2, 3))
     x = torch.randn(2, 1, 5, 5)
-    assert not solving()
+    assert not solving(x)
     assert type(view({}, x).grad_fn).__name__ == "ConvolutionBackward0"
-    with recording():
+    with recording(2):
         assert type(view({}, x).grad_fn).__name__ == "_ConvolutionBackward"
-        with recording():
+        with recording(2):
             pass
-        assert solving()
-    assert not solving()
+        assert solving(x)
+    assert not solving(x)
 
 
 def test_the_users_module_keeps_its_class():
@@ -219,3 +220,54 @@ def test_curvature_of_a_model_is_the_dense_one(images, curvature):
             dense = J.mT @ H_out @ J
         dense = dense + 0.7 * torch.eye(len(dense), dtype=dense.dtype)
         assert relative_error(matrix[i], dense) < 1e-12
+
+
+class Viewing(nn.Module):
+    """A network that looks at its activations as if the numbers of a channel lay side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(3 * 3 * 3, 2)
+
+    def forward(self, x):
+        x = self.dropout(self.norm(self.conv(x)))
+        return self.head(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_model_that_calls_view(stochastic):
+    """It gets its images in the usual order: the same numbers as with reshape, dropout's too."""
+
+    def adapted(forget):
+        torch.manual_seed(0)
+        model = Viewing().double().train(stochastic)
+        meta = iopt.MetaLearner(
+            model,
+            nn.functional.cross_entropy,
+            lam=0.7,
+            solver=iopt.gd(lr=0.1, max_steps=3),
+            stochastic=stochastic,
+            on_solve=iopt.Ignore(),
+        )
+        x, y = torch.randn(1, 4, 1, 5, 5, dtype=torch.float64), torch.tensor([[0, 1, 1, 0]])
+        if not forget:
+            _PLAIN.add(model)
+        torch.manual_seed(1)
+        meta((x, y), (x + 1, y)).sum().backward()
+        assert model in _PLAIN
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert relative_error(adapted(forget=True), adapted(forget=False)) < 1e-14
+
+
+def test_images_are_packed_inside_and_plain_outside():
+    strides = []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].stride()))
+    meta = iopt.MetaLearner(model, nn.functional.mse_loss, solver=iopt.gd(lr=0.1, max_steps=1))
+    x = torch.randn(1, 2, 1, 7, 7)
+    (y,) = meta.predict(meta.adapt((x, torch.randn(1, 2, 4, 3, 3))), x)
+    assert set(strides) == {(4 * 5 * 5, 1, 4 * 5, 4)} and y.is_contiguous()

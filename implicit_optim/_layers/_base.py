@@ -8,28 +8,38 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from implicit_optim._batch import is_batched
+
 _LOCAL = threading.local()
 
 
 @contextlib.contextmanager
-def _during(flag: str) -> Iterator[None]:
-    """The flag is up in this thread."""
-    before = getattr(_LOCAL, flag, False)
-    setattr(_LOCAL, flag, True)
+def _during(name: str, value: int = 1) -> Iterator[None]:
+    """The name has this value in this thread."""
+    before = getattr(_LOCAL, name, 0)
+    setattr(_LOCAL, name, value)
     try:
         yield
     finally:
-        setattr(_LOCAL, flag, before)
+        setattr(_LOCAL, name, before)
 
 
-def recording() -> contextlib.AbstractContextManager[None]:
-    """This thread records a graph for a solve, and nobody will differentiate it a third time."""
-    return _during("solving")
+def recording(derivatives: int) -> contextlib.AbstractContextManager[None]:
+    """This thread records a graph for a solve, of which 1 or 2 derivatives are taken and no third."""
+    return _during("derivatives", derivatives)
 
 
-def solving() -> bool:
-    """Whether a layer may be stood in for."""
-    return getattr(_LOCAL, "solving", False)
+def is_taken_twice() -> bool:
+    """Whether what this thread records has a second derivative taken, and no third."""
+    return getattr(_LOCAL, "derivatives", 0) == 2
+
+
+def solving(w: Tensor) -> bool:
+    """Whether a layer of these weights may be stood in for, and gains by it.
+
+    It does where there is a second derivative, or a batch of tasks.
+    """
+    return is_taken_twice() or (getattr(_LOCAL, "derivatives", 0) == 1 and is_batched(w))
 
 
 def along_cotangents() -> contextlib.AbstractContextManager[None]:
@@ -39,7 +49,17 @@ def along_cotangents() -> contextlib.AbstractContextManager[None]:
 
 def is_linear() -> bool:
     """Whether the gradients of a layer's input and weights are not wanted."""
-    return getattr(_LOCAL, "linear", False)
+    return getattr(_LOCAL, "linear", 0) == 1
+
+
+def plainly() -> contextlib.AbstractContextManager[None]:
+    """This thread runs a model that needs the numbers of an image in their usual order."""
+    return _during("plain")
+
+
+def may_pack() -> bool:
+    """Whether a layer may order the numbers of an image as suits it."""
+    return getattr(_LOCAL, "plain", 0) == 0
 
 
 def stand_ins(layer: type[nn.Module], *kinds: type[nn.Module]) -> dict[type, type]:

@@ -20,7 +20,7 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
         w, b = layer.weight, layer.bias
-        usable = solving() and layer.running_mean is None and w is not None
+        usable = w is not None and solving(w) and layer.running_mean is None
         if not usable or x.ndim < 2 or x.dtype != w.dtype or x.numel() <= x.shape[1]:
             return super().forward(x)
         layer._check_input_dim(x)
@@ -63,6 +63,13 @@ def _kernel(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: floa
     return backward(dy, x, w, None, None, mean, r, True, eps, mask)
 
 
+def _dot(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """Sum of ``u v`` in each channel, in one pass: the kernel's ``m E[h u]`` with v in the place of h."""
+    mean, r, mask = torch.zeros_like(w), torch.ones_like(w), [False, True, False]
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(u, v, w, None, None, mean, r, True, 0.0, mask)[1]
+
+
 class _Backward(torch.autograd.Function):
     r"""``(dy, x, weight, mean, r, eps) -> (dx, dweight, dbias)``.
 
@@ -88,20 +95,20 @@ class _Backward(torch.autograd.Function):
         def c(per_channel: Tensor) -> Tensor:
             return per_channel.reshape(-1, *[1] * (x.ndim - 2))
 
-        # The map dy -> dx is symmetric: u goes the same way.
+        # The map dy -> dx is symmetric: u goes the same way. As in torch's own kernels h is never made:
+        # what is linear in it is linear in x.
         d_dy, sum_hu, sum_u = _kernel(u, x, w, mean, r, ctx.eps)
-        centred = x - c(mean)
-        d_dy.addcmul_(centred, c(p * r)).add_(c(q))
+        d_dy.addcmul_(x, c(p * r)).add_(c(q - p * r * mean))
         if is_linear():
             return d_dy, None, None, None, None, None
         m = x.numel() // x.shape[1]
         hu, mu, hdy, mdy = sum_hu / m, sum_u / m, sum_hdy / m, sum_dy / m
-        a, udy = w * r, (u * dy).mean([0, *range(2, x.ndim)])
+        a, udy = w * r, _dot(u, dy, w) / m
         covariance = udy - mu * mdy - hu * hdy
         # m a covariance = <u, dx>: differentiate through h, with cotangent k_u u + k_dy dy, and a.
         k_u, k_dy = -a * hdy, p - a * hu
-        along_h = -r * (k_u * hu + k_dy * hdy + a * covariance)
-        constant = -r * (k_u * mu + k_dy * mdy)
-        d_x = torch.addcmul(c(constant), centred, c(along_h * r))
+        along_x = -r.square() * (k_u * hu + k_dy * hdy + a * covariance)
+        constant = -r * (k_u * mu + k_dy * mdy) - along_x * mean
+        d_x = torch.addcmul(c(constant), x, c(along_x))
         d_x.addcmul_(u, c(r * k_u)).addcmul_(dy, c(r * k_dy))
         return d_dy, d_x, m * r * covariance, None, None, None

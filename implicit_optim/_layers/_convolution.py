@@ -3,6 +3,10 @@
 The map ``(x, W) -> y`` is bilinear, so what torch calls the backward of a convolution is, given other
 arguments, the backward of its backward. torch takes another way there, over convolutions with the
 output as their kernel, and computes gradients of the data that nobody wants.
+
+On a CPU the channels of a pixel lie side by side (``torch.channels_last``): that is how oneDNN's kernels
+like it, and those of batch norm too. The weights of a layer are packed so, its output comes out so, and
+the layers behind it keep the order.
 """
 
 from __future__ import annotations
@@ -10,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from implicit_optim._ambient import autocast_is_on
 from implicit_optim._autograd import lead
-from implicit_optim._layers._base import fold, is_linear, solving, stand_ins, unfold
+from implicit_optim._batch import is_batched
+from implicit_optim._layers._base import fold, is_linear, may_pack, solving, stand_ins, unfold
 
 # stride, padding, dilation, transposed, output_padding, groups
 Geometry = tuple[Any, ...]
@@ -26,16 +30,31 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
         w, zeros = layer.weight, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-        if not solving() or not zeros or x.ndim != w.ndim or x.dtype != w.dtype or not len(x):
+        if not zeros or x.ndim != w.ndim or x.dtype != w.dtype or not len(x):
             return super().forward(x)
         if autocast_is_on(x.device):  # which casts for torch's own layer alone
             return super().forward(x)
+        w = w if is_batched(x) else _packed(w, 0, layer.stride)
+        if not solving(w):
+            y: Tensor = layer._conv_forward(x, w, layer.bias)
+            return y
         none = (0,) * len(layer.stride)
         geometry = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
         return _Convolution.apply(x, w, layer.bias, geometry)
 
 
 CONVOLUTIONS = stand_ins(_Layer, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _packed(w: Tensor, batch_ndim: int, stride: tuple[int, ...]) -> Tensor:
+    """``[*batch, out, in, *kernel] -> [*batch out, in, *kernel]``, of images in the order for oneDNN."""
+    batched, images = is_batched(w), len(stride) == 2 and w.device.type == "cpu"
+    if batched or not images or not may_pack():
+        return w.flatten(0, batch_ndim)
+    w = w.movedim(-3, -1).flatten(0, batch_ndim)
+    if w.stride(-1) != 1 or not w.is_contiguous():  # of one channel only the stride tells the order
+        w = w.clone(memory_format=torch.contiguous_format)
+    return w.movedim(-1, -3)
 
 
 class _Convolution(torch.autograd.Function):
@@ -60,7 +79,8 @@ class _Convolution(torch.autograd.Function):
         tasks, (*rest, groups) = info.batch_size, geometry
         x, w, b = lead([x, w, b], in_dims[:3], tasks)
         b = None if b is None else b.flatten()
-        y = _Convolution.apply(fold(x), w.flatten(0, 1), b, (*rest, tasks * groups))
+        w = _packed(w, 1, rest[0])
+        y = _Convolution.apply(fold(x), w, b, (*rest, tasks * groups))
         return unfold(y, tasks), 1
 
 
@@ -69,8 +89,6 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needed: Any) -> Any:
-        if not needed[0] and _gray_on_cpu(x, w):
-            return None, *_of_gray_images(dy, x, w, geometry, needed)
         return _aten.convolution_backward(dy, x, w, [w.shape[0]], *geometry, needed)
 
     @staticmethod
@@ -84,6 +102,8 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:
         """Along cotangents u of dx, p of dweight, q of dbias."""
         dy, x, w = ctx.saved_tensors
+        if p is not None:
+            p = torch.empty_like(w).copy_(p)  # packed as w is
         terms = [(u, w), (x, p)]
         terms = [
             (image, kernel) for image, kernel in terms if image is not None and kernel is not None
@@ -102,21 +122,3 @@ class _Backward(torch.autograd.Function):
             rest = _aten.convolution_backward(dy, image, kernel, None, *ctx.geometry, needed)
             d_x, d_w, _ = rest
         return d_dy, d_x, d_w, None, None
-
-
-def _gray_on_cpu(x: Tensor, w: Tensor) -> bool:
-    """Whether x are images of one channel whose patches take no more memory than the output."""
-    gray = x.ndim == 4 and x.shape[1] == 1
-    return gray and x.device.type == "cpu" and w[0].numel() <= len(w)
-
-
-def _of_gray_images(
-    dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needed: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """``(dweight, dbias)`` of images of one channel, twice to four times as fast as oneDNN's."""
-    stride, padding, dilation, *_ = geometry
-    _, of_w, of_b = needed
-    dy = dy.flatten(2)
-    patches = F.unfold(x, w.shape[2:], dilation, padding, stride) if of_w else x
-    dw = (dy @ patches.mT).sum(0).view_as(w) if of_w else None
-    return dw, dy.sum((0, 2)) if of_b else None
