@@ -1,5 +1,10 @@
 """Chunks and threads: the numbers of one batch, under every transform, and who chooses them."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,3 +198,24 @@ def test_settings_out_of_range():
         (name,) = settings
         with pytest.raises(ValueError, match=f"Invalid {name}: .* must be >= 1"):
             iopt.Batching(**settings)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_freed_memory_is_kept_for_the_next_step(decided):
+    """128 MiB in blocks of 16 are 32,768 pages: with glibc they are asked for once."""
+    code = (
+        "import resource, torch\n"
+        "from implicit_optim._batch import _keep_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    blocks = [torch.ones(2**22) for _ in range(8)]\n"
+        "    del blocks\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "_keep_memory(); print(min([faults() for _ in range(5)]))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": "131072"} if decided else {}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    kept = platform.libc_ver()[0] == "glibc" and not decided
+    assert (int(done.stdout) < 1_000) == kept

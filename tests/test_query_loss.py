@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import implicit_optim as iopt
-from tests.memory import PeakMemory
+from memory import PeakMemory
 
 CHUNKED = {
     "task by task": iopt.Batching(chunk_size=1),

@@ -64,7 +64,7 @@ def _kernel(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: floa
 
 
 def _dot(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Sum of ``u v`` in each channel, in one pass: the kernel's ``m E[h u]`` with v in the place of h."""
+    """Sum of ``u v`` in each channel, in one pass: the kernel's ``m E[h u]`` with v in h's place."""
     mean, r, mask = torch.zeros_like(w), torch.ones_like(w), [False, True, False]
     backward = torch.ops.aten.native_batch_norm_backward
     return backward(u, v, w, None, None, mean, r, True, 0.0, mask)[1]
