@@ -33,7 +33,9 @@ def is_composed() -> bool:
 
 def _alone() -> bool:
     """Whether not even a graph would see it."""
-    return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_composed())
+    if is_composed():  # first: a compiler does not take the other questions
+        return False
+    return not (torch.is_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ THIRD_PARTY = {"torch", "jaxtyping"}  # the run-time dependencies of pyproject.t
 TASKS_THIRD_PARTY = {*THIRD_PARTY, "torchvision", "PIL"}  # those of the extra `vision`
 
 MAX_LINES_FILE = 300
-MAX_LINES_LIBRARY = 5_200  # of code; 3,500 before the linear and inner solvers beyond the paper
+MAX_LINES_LIBRARY = 5_300  # of code; 3,500 before the linear and inner solvers beyond the paper
 
 
 def library() -> dict[str, str]:

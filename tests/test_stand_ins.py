@@ -39,7 +39,6 @@ CASES = {
         nn.BatchNorm2d(3, affine=False, track_running_stats=False),
         (4, 3, 2, 5),
     ),
-    "relu": (nn.ReLU(), (4, 3, 2, 5)),
     "batch norm in eval mode": (nn.BatchNorm2d(3).eval(), (4, 3, 2, 5)),
 }
 

@@ -4,8 +4,7 @@ from implicit_optim._layers._base import along_cotangents, plainly, recording
 from implicit_optim._layers._batch_norm import BATCH_NORMS
 from implicit_optim._layers._convolution import CONVOLUTIONS
 from implicit_optim._layers._linear import LINEARS
-from implicit_optim._layers._relu import RELUS
 
-STAND_INS = BATCH_NORMS | CONVOLUTIONS | LINEARS | RELUS
+STAND_INS = BATCH_NORMS | CONVOLUTIONS | LINEARS
 
 __all__ = ["STAND_INS", "along_cotangents", "plainly", "recording"]

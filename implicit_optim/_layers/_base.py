@@ -29,17 +29,13 @@ def recording(derivatives: int) -> contextlib.AbstractContextManager[None]:
     return _during("derivatives", derivatives)
 
 
-def is_taken_twice() -> bool:
-    """Whether what this thread records has a second derivative taken, and no third."""
-    return getattr(_LOCAL, "derivatives", 0) == 2
-
-
 def solving(w: Tensor) -> bool:
     """Whether a layer of these weights may be stood in for, and gains by it.
 
     It does where there is a second derivative, or a batch of tasks.
     """
-    return is_taken_twice() or (getattr(_LOCAL, "derivatives", 0) == 1 and is_batched(w))
+    derivatives = getattr(_LOCAL, "derivatives", 0)
+    return derivatives == 2 or (derivatives == 1 and is_batched(w))
 
 
 def along_cotangents() -> contextlib.AbstractContextManager[None]:
