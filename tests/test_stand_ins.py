@@ -270,3 +270,15 @@ def test_images_are_packed_inside_and_plain_outside():
     x = torch.randn(1, 2, 1, 7, 7)
     (y,) = meta.predict(meta.adapt((x, torch.randn(1, 2, 4, 3, 3))), x)
     assert set(strides) == {(4 * 5 * 5, 1, 4 * 5, 4)} and y.is_contiguous()
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_few_images_beside_many_weights_are_not_packed(tasks):
+    strides = []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 64, 3), nn.Conv2d(64, 1, 1))
+    model[2].register_forward_pre_hook(lambda module, inputs: strides.append(inputs[0].stride(-1)))
+    meta = iopt.MetaLearner(model, nn.functional.mse_loss, solver=iopt.gd(lr=0.1, max_steps=1))
+    for size, last in ((11, 64 * tasks), (10, 1)):  # 4 * 81 and 4 * 64 numbers, 8 * 288 weights
+        x = torch.randn(tasks, 1, 1, size, size)
+        meta.adapt((x, torch.zeros(tasks, 1, 1, size - 4, size - 4)))
+        assert strides.pop() == last

@@ -24,6 +24,8 @@ from implicit_optim._layers._base import fold, is_linear, may_pack, solving, sta
 # stride, padding, dilation, transposed, output_padding, groups
 Geometry = tuple[Any, ...]
 _aten = torch.ops.aten
+# Weights that outnumber the input's numbers by this are not packed: it would take longer than it saves.
+SMALL_INPUT = 8
 
 
 class _Layer(nn.Module):
@@ -34,7 +36,8 @@ class _Layer(nn.Module):
             return super().forward(x)
         if autocast_is_on(x.device):  # which casts for torch's own layer alone
             return super().forward(x)
-        w = w if is_batched(x) else _packed(w, 0, layer.stride)
+        if not is_batched(x):
+            x, w = _packed(x, w, 0, layer.stride)
         if not solving(w):
             y: Tensor = layer._conv_forward(x, w, layer.bias)
             return y
@@ -46,15 +49,22 @@ class _Layer(nn.Module):
 CONVOLUTIONS = stand_ins(_Layer, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _packed(w: Tensor, batch_ndim: int, stride: tuple[int, ...]) -> Tensor:
-    """``[*batch, out, in, *kernel] -> [*batch out, in, *kernel]``, of images in the order for oneDNN."""
+def _packed(
+    x: Tensor, w: Tensor, batch_ndim: int, stride: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The input, and the weights ``[*batch, out, in, *kernel] -> [*batch out, in, *kernel]``.
+
+    Of images in the order for oneDNN, unless they are few beside the weights.
+    """
     batched, images = is_batched(w), len(stride) == 2 and w.device.type == "cpu"
     if batched or not images or not may_pack():
-        return w.flatten(0, batch_ndim)
+        return x, w.flatten(0, batch_ndim)
+    if w.numel() > SMALL_INPUT * x.numel():
+        return x.contiguous(), w.flatten(0, batch_ndim)
     w = w.movedim(-3, -1).flatten(0, batch_ndim)
     if w.stride(-1) != 1 or not w.is_contiguous():  # of one channel only the stride tells the order
         w = w.clone(memory_format=torch.contiguous_format)
-    return w.movedim(-1, -3)
+    return x, w.movedim(-1, -3)
 
 
 class _Convolution(torch.autograd.Function):
@@ -79,8 +89,8 @@ class _Convolution(torch.autograd.Function):
         tasks, (*rest, groups) = info.batch_size, geometry
         x, w, b = lead([x, w, b], in_dims[:3], tasks)
         b = None if b is None else b.flatten()
-        w = _packed(w, 1, rest[0])
-        y = _Convolution.apply(fold(x), w, b, (*rest, tasks * groups))
+        x, w = _packed(fold(x), w, 1, rest[0])
+        y = _Convolution.apply(x, w, b, (*rest, tasks * groups))
         return unfold(y, tasks), 1
 
 
