@@ -72,7 +72,7 @@ def main(keys=TIMED):
     torch.set_num_threads(THREADS)
     rows, lean = [], []
     for key in keys:
-        rows.append(timed(key, rounds=3 if "conv" in key else 15))
+        rows.append(timed(key, rounds=5 if "conv" in key else 15))
         save("speed", {"time": rows, "memory": lean})  # a kill loses one workload
     print("Times of one meta-gradient, in ours (16 inner steps, 5 CG steps):\n")
     print(table(rows))

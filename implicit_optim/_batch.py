@@ -23,9 +23,10 @@ class Batching:
     matrix products.
 
     Args:
-        chunk_size: tasks solved together, by ``torch.func.vmap``; the memory of a solve is that of a
-            chunk. 1 does without ``vmap``, for operations that it does not know, such as ``nn.LSTM``.
-            Default: all of them, or an equal share for each thread.
+        chunk_size: tasks solved together, by ``torch.func.vmap``; the memory of a solve, and of a
+            learner's query losses with their gradient, is that of a chunk. 1 does without ``vmap``, for
+            operations that it does not know, such as ``nn.LSTM``. Default: all of them, or an equal
+            share for each thread.
         threads: chunks that are solved at the same time, each in a thread of its own with one
             intra-op thread: on a CPU, faster than ``vmap`` for convolutions. The objective must be
             safe to call from several threads; ``torch.func.functional_call`` on one module is not,
