@@ -1,6 +1,7 @@
 """Interleaved timing: every contender once a round, medians over the rounds, ratios within a run."""
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -12,17 +13,24 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 
 
+SPELL = 0.05  # seconds; who takes less is called several times in a row, and meets its own caches
+
+
 def interleaved(contenders, rounds=9, warmup=2):
     """Median seconds of each callable in `contenders`, a dict by name, run in turn."""
-    seconds = {name: [] for name in contenders}
+    seconds, calls = {name: [] for name in contenders}, dict.fromkeys(contenders, 1)
     for i in tqdm(range(rounds + warmup), leave=False):
         for name, run in contenders.items():
             synchronise()
             start = time.perf_counter()
-            run()
+            for _ in range(calls[name]):
+                run()
             synchronise()
+            took = (time.perf_counter() - start) / calls[name]
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
+            elif i == warmup - 1:
+                calls[name] = math.ceil(SPELL / max(took, 1e-4))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
