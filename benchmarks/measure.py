@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, medians over the rounds, ratios within a run."""
+"""Interleaved timing: every contender in turn, medians over the rounds, ratios within a run."""
 
 import json
 import math
@@ -11,8 +11,6 @@ import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-
-
 SPELL = 0.05  # seconds; who takes less is called several times in a row, and meets its own caches
 
 

@@ -57,6 +57,11 @@ class Batching:
         """Whether it does without ``vmap``."""
         return self.chunk_size == 1
 
+    @property
+    def within(self) -> Batching:
+        """How the tasks of a chunk are evaluated."""
+        return self if self.loops else WHOLE
+
     def chunks(self, tasks: int) -> list[slice]:
         """The chunks of ``tasks`` tasks, in order."""
         size = self.chunk_size or -(-tasks // self.threads)

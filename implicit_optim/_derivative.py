@@ -60,11 +60,6 @@ def gradient(values: Callable[[Any], Tensor], x: Any) -> tuple[Any, Tensor]:
     if not _alone():
         return torch.func.grad(_sum_and_values(values), has_aux=True)(x)
     with _recording(1):
-        if isinstance(x, Tensor):  # the usual case, without a walk
-            x = x.detach().requires_grad_()
-            each = values(x)
-            (slope,) = _grad([each], [x])
-            return slope, each.detach()
         leaves, spec = pytree.tree_flatten(x)
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         each = values(pytree.tree_unflatten(leaves, spec))

@@ -269,7 +269,7 @@ class InnerProblem:
             data=pick(self.data, place),
             theta=self.theta if self.shared[0] else pick(self.theta, place),
             shared=self.shared[1:] if alone else self.shared,
-            batching=self.batching if self.batching.loops else WHOLE,
+            batching=self.batching.within,
             first=self.first + (place if isinstance(place, int) else place.start),
             term=self.term if all(self.shared) else None,
         )

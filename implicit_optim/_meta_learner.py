@@ -18,7 +18,7 @@ from implicit_optim._module import as_function, as_returned, only_tensors
 from implicit_optim._objective import Objective
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
-from implicit_optim._query_loss import query_losses
+from implicit_optim._query_loss import OfTasks, query_losses
 from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import (
     RunningStats,
@@ -151,7 +151,7 @@ class MetaLearner(nn.Module):
         query_loss = Objective(as_function(view), self.loss).fit
         # Other random numbers than those of the support set, from the same draw.
         asked_seed = None if seed is None else ~seed
-        losses = query_losses(query_loss, phi, tuple(query), asked_seed, self._batching(query))
+        losses = query_losses(self._of_tasks(query_loss, phi, tuple(query), asked_seed), phi)
         return self.meta_gradient.outer(self.anchor(), phi, losses)
 
     if TYPE_CHECKING:  # torch types the call of any module as Any
@@ -178,12 +178,8 @@ class MetaLearner(nn.Module):
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
         phi = problem.layout.unravel(flat)
         if self.running_stats is RunningStats.PER_TASK:
-            phi = phi | self._over_tasks(
-                lambda p, *x: statistics(self.model, lambda view: as_function(view)(p, *x)),
-                phi,
-                tuple(support[:-1]),
-                seed,
-            )
+            one = lambda p, *x: statistics(self.model, lambda view: as_function(view)(p, *x))  # noqa: E731
+            phi = phi | self._of_tasks(one, phi, tuple(support[:-1]), seed)(phi)
         return phi
 
     def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
@@ -202,7 +198,7 @@ class MetaLearner(nn.Module):
         _count_tasks("phi and inputs", (phi, *inputs))
         model = as_function(predicting(self.model, self.running_stats))
         one = lambda phi, *inputs: only_tensors(model(phi, *inputs))  # noqa: E731
-        return as_returned(self._over_tasks(one, phi, inputs, self._seed()))
+        return as_returned(self._of_tasks(one, phi, inputs, self._seed())(phi))
 
     def report(self) -> Report:
         """What happened in the last solves: how many tasks failed and why, how exact the others are.
@@ -248,13 +244,11 @@ class MetaLearner(nn.Module):
             return WHOLE
         return Batching(chunk_size=1, threads=min(tasks, torch.get_num_threads()))
 
-    def _over_tasks(
+    def _of_tasks(
         self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
-    ) -> Any:
-        ambient, batching = Ambient.now(next(iter(phi.values())).device, seed), self._batching(data)
-        return ambient.over_tasks(
-            lambda p, _, *data: one(p, *data), phi, None, data, (True,), batching
-        )
+    ) -> OfTasks:
+        ambient = Ambient.now(next(iter(phi.values())).device, seed)
+        return OfTasks(one, data, ambient, self._batching(data))
 
     def _heard(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient
+from implicit_optim._autograd import split_grads
 from implicit_optim._batch import WHOLE, Batching, pick
 from implicit_optim._derivative import gradient, is_composed
 
 
-def query_losses(
-    loss: Callable[..., Tensor],
-    phi: Any,
-    data: tuple[Any, ...],
-    seed: int | None,
-    batching: Batching,
-) -> Float[Tensor, " T"]:
+def query_losses(losses: OfTasks, phi: Any) -> Float[Tensor, " T"]:
     """Loss of every task at adapted parameters, of which the gradient will be asked for.
 
     Where the tasks are gone through in chunks, the gradient of a chunk is taken with its losses: the
@@ -30,54 +25,58 @@ def query_losses(
     Elsewhere, and where a loss depends on something else that wants a gradient, autograd records all.
 
     Args:
-        loss: ``(phi, *data) -> scalar`` of one task.
+        losses: of every task, ``[T]``.
         phi: pytree of tensors ``[T, ...]``.
-        data: pytrees of tensors ``[T, ...]``.
-        seed: of the random numbers that a loss draws, or ``None`` if it may draw none.
-        batching: the chunks.
 
     Returns:
         The losses, differentiable as often as one likes.
     """
     leaves, spec = pytree.tree_flatten(phi)
-    losses = _Losses(loss, data, Ambient.now(leaves[0].device, seed), batching)
     wanted = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    if batching != WHOLE and wanted and not is_composed():
+    if losses.batching != WHOLE and wanted and not is_composed():
         try:
             return _Eager.apply(losses, spec, *leaves)[0]
         except _Foreign:
             pass
-    return losses(phi)
+    result: Tensor = losses(phi)
+    return result
 
 
 @dataclass(frozen=True)
-class _Losses:
-    """The losses of a batch of tasks as a function of phi."""
+class OfTasks:
+    """A function of one task's phi and data, as a function of all tasks' phi.
 
-    loss: Callable[..., Tensor]
+    Attributes:
+        one: ``(phi, *data) -> pytree of tensors``.
+        data: pytrees of tensors ``[T, ...]``.
+        ambient: precision and random numbers.
+        batching: how the tasks are evaluated.
+        first: place of the first task in the batch that this one is a part of.
+    """
+
+    one: Callable[..., Any]
     data: tuple[Any, ...]
     ambient: Ambient
     batching: Batching
     first: int = 0
 
-    def __call__(self, phi: Any) -> Tensor:
-        def one(phi: Any, _: None, *data: Any) -> Tensor:
-            return self.loss(phi, *data)
-
+    def __call__(self, phi: Any) -> Any:
+        """Its values, ``[T, ...]``."""
+        one = lambda phi, _, *data: self.one(phi, *data)  # noqa: E731
         args = (phi, None, self.data, (True,), self.batching)
-        losses: Tensor = self.ambient.over_tasks(one, *args, start=self.first)
-        return losses
+        return self.ambient.over_tasks(one, *args, start=self.first)
 
-    def part(self, chunk: slice) -> _Losses:
-        inner = self.batching if self.batching.loops else WHOLE
-        return _Losses(self.loss, pick(self.data, chunk), self.ambient, inner, chunk.start)
+    def part(self, chunk: slice) -> OfTasks:
+        """The same function of a chunk of the tasks."""
+        data, batching = pick(self.data, chunk), self.batching.within
+        return replace(self, data=data, batching=batching, first=chunk.start)
 
 
 class _Eager(torch.autograd.Function):
     """``(losses, spec, *leaves of phi) -> (losses at phi, *their slopes)``."""
 
     @staticmethod
-    def forward(losses: _Losses, spec: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(losses: OfTasks, spec: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
         def part(chunk: slice) -> tuple[Tensor, ...]:
             own = pytree.tree_unflatten([leaf[chunk] for leaf in leaves], spec)
             # The data are cut where a graph is recorded: it tells whether they want a gradient.
@@ -95,16 +94,17 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*leaves, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, along: Tensor, *_: Any) -> Any:
-        count = len(ctx.saved_tensors) // 2
+    def backward(ctx: Any, along: Tensor | None, *_: Any) -> Any:
+        count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad[2:]
         leaves, slopes = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if along is None:
+            return (None,) * (2 + count)
         if torch.is_grad_enabled():
-            values = ctx.losses(pytree.tree_unflatten(leaves, ctx.spec))
-            chosen = [leaf for leaf in leaves if leaf.requires_grad]
-            pulled = iter(torch.autograd.grad(values, chosen, along, create_graph=True))
-            return None, None, *(next(pulled) if leaf.requires_grad else None for leaf in leaves)
-        each = (along.reshape(-1, *[1] * (slope.ndim - 1)) * slope for slope in slopes)
-        return None, None, *each
+            losses = lambda leaves: ctx.losses(pytree.tree_unflatten(leaves, ctx.spec))  # noqa: E731
+            return None, None, *split_grads(losses, leaves, needed, along)
+        each = zip(slopes, needed, strict=True)
+        columns = (along.reshape(-1, *[1] * (s.ndim - 1)) * s if need else None for s, need in each)
+        return None, None, *columns
 
 
 class _Foreign(Exception):

@@ -1,6 +1,7 @@
 """Query losses that bring their gradient along: the numbers, and the graph, of plain autograd.
 
-The oracle is `Batching()`, one call for all tasks, whose losses autograd records.
+The oracles are a loop in plain torch, finite differences, and `Batching()`: one call for all tasks,
+whose losses autograd records.
 """
 
 import pytest
@@ -62,6 +63,50 @@ def test_losses_and_meta_gradient(batching, rule):
 
     for ours, plain in zip(run(batching), run(iopt.Batching()), strict=True):
         assert relative_error(ours, plain) < 1e-12
+
+
+@pytest.mark.parametrize("batching", CHUNKED.values(), ids=CHUNKED)
+def test_a_loop_in_plain_torch(batching):
+    model = network()
+    support, query, weight = episode(), episode(), torch.tensor([1.0, -2.0, 3.0]).double()
+    names, theta = zip(*model.named_parameters(), strict=True)
+
+    def loss(phi, x, y):
+        state = dict(zip(names, phi, strict=True))
+        return F.cross_entropy(torch.func.functional_call(model, state, (x,)), y)
+
+    losses, gradient = [], 0
+    for x, y, xq, yq, factor in zip(*support, *query, weight, strict=True):
+        phi = [t.detach().clone().requires_grad_() for t in theta]
+        for _ in range(3):
+            near = sum((p - t.detach()).square().sum() for p, t in zip(phi, theta, strict=True))
+            slopes = torch.autograd.grad(loss(phi, x, y) + near, phi)  # lam / 2 = 1
+            steps = zip(phi, slopes, strict=True)
+            phi = [(p - 0.1 * g).detach().requires_grad_() for p, g in steps]
+        losses.append(loss(phi, xq, yq))
+        gradient = gradient + factor * flat(torch.autograd.grad(losses[-1], phi))
+    ours = learner(model, batching, rule=iopt.FirstOrder())(support, query)
+    assert relative_error(ours, torch.stack(losses)) < 1e-12
+    assert relative_error(flat(torch.autograd.grad(ours @ weight, theta)), gradient) < 1e-12
+
+
+def test_the_second_backward_is_a_finite_difference_of_the_first():
+    model, support, query = network(), episode(), episode()
+    theta = list(model.parameters())
+    along = [torch.randn_like(p) for p in theta]
+
+    def gradient(create_graph=False):
+        losses = learner(model, CHUNKED["in threads"], rule=iopt.Unrolled())(support, query)
+        return torch.autograd.grad(losses.square().sum(), theta, create_graph=create_graph)
+
+    product = flat(torch.autograd.grad(gradient(create_graph=True), theta, along))
+    ends = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, d in zip(theta, along, strict=True):
+                p += step * d
+        ends.append(flat(gradient()))
+    assert relative_error(product, (ends[0] - ends[1]) / 2e-5) < 1e-7
 
 
 def test_derivatives_of_the_meta_gradient():

@@ -112,7 +112,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:
         """Along cotangents u of dx, p of dweight, q of dbias."""
         dy, x, w = ctx.saved_tensors
-        if p is not None:
+        if p is not None and p.stride() != w.stride():
             p = torch.empty_like(w).copy_(p)  # packed as w is
         terms = [(u, w), (x, p)]
         terms = [
