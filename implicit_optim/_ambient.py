@@ -24,7 +24,6 @@ _LOCK = threading.RLock()
 # torch reads a generator with its mutex locked and may collect garbage meanwhile, which lets go of the
 # GIL: a second reader then waits for the mutex with the GIL, the first for the GIL with the mutex.
 _READING = threading.RLock()
-_DRAWING = threading.local()
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,21 @@ class Ambient:
                     raise RuntimeError(f"{hint}\n(torch: {error})") from error
             raise
 
-    def hold(self, solve: Callable[[Ambient], Any], *, watched: bool) -> Any:
+    def hold(self, solve: Callable[[Ambient], Any], *, watched: Callable[[], bool]) -> Any:
         """Call ``solve``, whose many evaluations find all as it was, instead of each bringing it back.
 
         Args:
             solve: is given what its problem is to be evaluated with.
-            watched: look whether somebody drew random numbers meanwhile; if so, ``solve`` is called once
-                more, and each of its evaluations tells whether that was the objective.
+            watched: asked afterwards whether anybody must look if random numbers were drawn
+                meanwhile; if they were, ``solve`` is called once more, and each of its evaluations
+                tells whether that was the objective.
         """
         if torch.compiler.is_compiling() or self.seed is not None or self.autocast is not None:
             return solve(self)
         with _without_fast_path(), self._kernels():
-            before = _states(self.device) if watched else []
+            before = _states(self.device)
             result = solve(replace(self, held=True))
-        return solve(self) if watched and _moved(before, self.device) else result
+        return solve(self) if watched() and _moved(before, self.device) else result
 
     def over_tasks(
         self,
@@ -153,22 +153,14 @@ def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
     with _LOCK:
         with temporarily_clear_interpreter_stack():  # the states are no part of any transform
             states = [generator.get_state() for generator in generators]
-        before = getattr(_DRAWING, "seeds", [])
-        _DRAWING.seeds = [(generator, seed) for generator in generators]
-        draw_again()
+        for generator in generators:
+            generator.manual_seed(seed)
         try:
             yield
         finally:
-            _DRAWING.seeds = before
             with temporarily_clear_interpreter_stack():
                 for generator, state in zip(generators, states, strict=True):
                     generator.set_state(state)
-
-
-def draw_again() -> None:
-    """Begin the random numbers of this thread's evaluation anew, if it may draw any."""
-    for generator, seed in getattr(_DRAWING, "seeds", []):
-        generator.manual_seed(seed)
 
 
 def _states(device: torch.device) -> list[torch.Tensor]:
@@ -243,6 +235,32 @@ unfused = _Kernels(
     (_C._get_cudnn_enabled, _C._set_cudnn_enabled, False),
     (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled, False),
 )
+
+
+class _Uncompiled:
+    """What the user compiled runs as it was written, as long as anyone is inside.
+
+    Compiled code has no second derivative.
+    """
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.stance: Any = None
+
+    def __enter__(self) -> None:
+        with _LOCK:
+            if self.inside == 0:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.inside += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        with _LOCK:
+            self.inside -= 1
+            if self.inside == 0:
+                self.stance.__exit__(*exception)
+
+
+uncompiled = _Uncompiled()
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[None]:

@@ -135,6 +135,47 @@ def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     return enabled
 
 
+class Foreign(ValueError):
+    """Something wants a gradient that is not among what a function depends on.
+
+    Attributes:
+        tensor: what it is.
+    """
+
+    def __init__(self, tensor: Tensor, name: str | None = None) -> None:
+        name = name or f"a tensor of shape {tuple(tensor.shape)}"
+        super().__init__(
+            f"{name} requires grad and takes part in the objective, but is neither in phi, nor in "
+            "theta, nor in the data: its gradient would be a part of the true one; pass it in theta, "
+            "make it a parameter that adapts, or detach it"
+        )
+        self.tensor = tensor
+
+
+def foreign(results: Sequence[Tensor], own: Sequence[Any]) -> Tensor | None:
+    """A leaf other than these tensors in which the graph of the results ends, or ``None``."""
+    leaves = {id(t) for t in own}
+    seen = {t.grad_fn for t in own if isinstance(t, Tensor) and t.grad_fn is not None} | {None}
+    ahead: list[Any] = [result.grad_fn for result in results]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and id(variable) not in leaves:
+            return variable
+        ahead.extend(before for before, _ in node.next_functions)
+    return None
+
+
+def check_closed(results: Sequence[Tensor], own: Sequence[Any]) -> None:
+    """Raise `Foreign` if the graph of the results ends elsewhere than at these tensors."""
+    variable = foreign(results, own)
+    if variable is not None:
+        raise Foreign(variable)
+
+
 def _of_chosen(
     fn: Callable[[Leaves], Any], leaves: Sequence[Any], chosen: list[int]
 ) -> tuple[Callable[..., Any], Leaves]:

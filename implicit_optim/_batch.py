@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,7 +74,6 @@ class Batching:
         chunks = self.chunks(tasks)
         if torch.compiler.is_compiling():
             return [solve(chunk) for chunk in chunks]
-        _keep_memory()
         workers = min(self.threads, len(chunks))
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if workers < 2 or torch.is_grad_enabled() or transformed:
@@ -84,6 +82,7 @@ class Batching:
 
         def alone(chunk: slice) -> Any:
             torch.set_num_threads(1)
+            _THREAD.works = True
             with torch.inference_mode(inference), torch.no_grad():  # both belong to a thread
                 return solve(chunk)
 
@@ -94,22 +93,48 @@ class Batching:
             torch.set_num_threads(threads)  # for threads that start later
 
 
-WHOLE = Batching()
+WHOLE, LOOP = Batching(), Batching(chunk_size=1)
+_THREAD = threading.local()
 
 
-@functools.cache
-def _keep_memory() -> None:
-    """Let glibc keep up to 512 MiB of what a step frees, for the next step.
+def in_worker() -> bool:
+    """Whether this thread is one of those of a `Batching`."""
+    return getattr(_THREAD, "works", False)
 
-    Every page that it gives back and asks for again is a fault: a third of the time of a small
-    convolutional network with the memory that it keeps by itself. Who has set its environment
-    variables has decided.
+
+@dataclass(frozen=True)
+class ByDefault(Batching):
+    """All tasks at once; from the first operation on that ``vmap`` refuses, one by one.
+
+    Attributes:
+        refusals: what ``vmap`` said.
     """
-    decided = any(name.startswith("MALLOC_") for name in os.environ)
-    mallopt = None if decided or os.name != "posix" else getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # macOS and musl have none
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its most: what is larger is mapped for itself
-        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
+
+    refusals: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def loops(self) -> bool:
+        """Whether ``vmap`` has refused."""
+        return bool(self.refusals)
+
+    @property
+    def within(self) -> Batching:
+        """The same."""
+        return self
+
+    def chunks(self, tasks: int) -> list[slice]:
+        """All tasks, or each of them."""
+        return (LOOP if self.loops else WHOLE).chunks(tasks)
+
+    def refused(self, error: Exception) -> None:
+        """Go through the tasks one by one from now on, and say so."""
+        first, *_ = str(error).splitlines() or [""]
+        self.refusals.append(f"{type(error).__name__}: {first}")
+        warnings.warn(
+            "torch.func.vmap cannot batch the tasks, which are gone through one by one from now on: "
+            f"exact, but slower; Batching(chunk_size=1) asks for it ({self.refusals[0]})",
+            stacklevel=2,
+        )
 
 
 def over_tasks(
@@ -153,15 +178,27 @@ def over_tasks(
         for place, *own in each:
             start = place if loops else place.start
             within = lambda evaluate, _, watched, at=start: call(evaluate, at, watched)  # noqa: E731
-            inner = batching if loops else WHOLE
+            inner = LOOP if loops else WHOLE
             args = (*own, shared[loops:], inner)
             results.append(over_tasks(one, *args, call=within, random=random))
         join: Callable[..., Tensor] = torch.stack if loops else torch.cat
         return pytree.tree_map(lambda *each: join(each), *results)
+    batched = one
     for is_shared in reversed(shared):
         dims = (_dims(first), None if is_shared else _dims(theta), *_dims(data))
-        one = torch.func.vmap(one, in_dims=dims, randomness="different" if random else "error")
-    return call(lambda: one(first, theta, *data), 0, False)
+        batched = torch.func.vmap(
+            batched, in_dims=dims, randomness="different" if random else "error"
+        )
+    try:
+        return call(lambda: batched(first, theta, *data), 0, False)
+    except Exception as error:
+        drew = "randomness error mode" in str(error)  # which a loop would have to watch for
+        if drew or not isinstance(batching, ByDefault) or torch.compiler.is_compiling():
+            raise
+        refusal = error
+    result = over_tasks(one, first, theta, data, shared, LOOP, call=call, random=random)
+    batching.refused(refusal)
+    return result
 
 
 def _parts(tree: Any, places: list[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ as much as the operation itself. Inside a solve there is nothing to compose with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import twice_differentiable
-from implicit_optim._layers import along_cotangents, recording
+from implicit_optim._autograd import check_closed, foreign
+from implicit_optim._replaced import along_cotangents, noting_leaves, recording, written_out
 
 # A gradient, its Hessian's product, and the values.
 SecondOrder = tuple[Any, Callable[[Any], Any], Tensor]
@@ -40,38 +41,68 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def _recording(derivatives: int) -> Iterator[None]:
-    """Record a graph for so many derivatives; activation checkpointing is refused, as by torch.func."""
-    refusal = "torch.func transforms do not yet support saved tensor hooks"
-    hooks = torch.autograd.graph.disable_saved_tensors_hooks(refusal)
-    with torch.enable_grad(), hooks, recording(derivatives):
+    """Record a graph for so many derivatives."""
+    with torch.enable_grad(), no_checkpoints(), recording(derivatives):
         yield
 
 
-def gradient(values: Callable[[Any], Tensor], x: Any) -> tuple[Any, Tensor]:
+def no_checkpoints() -> contextlib.AbstractContextManager[None]:
+    """Refuse activation checkpointing, as torch.func does: it would compute again without the mode."""
+    if is_composed():
+        return contextlib.nullcontext()
+    refusal = "torch.func transforms do not yet support saved tensor hooks"
+    return torch.autograd.graph.disable_saved_tensors_hooks(refusal)
+
+
+Known = Sequence[Any] | None
+
+
+def gradient(values: Callable[[Any], Tensor], x: Any, *, known: Known = None) -> tuple[Any, Tensor]:
     """Gradient of ``values(x).sum()``, and the values.
 
     Args:
         values: of a tensor or a pytree, ``[*batch]``.
         x: tensor or pytree of tensors.
+        known: what else values may depend on and want a gradient; anything further is an error, see
+            `check_closed`. Default: nobody looks.
 
     Returns:
         The gradient, like x, and the values ``[*batch]``.
     """
-    if not _alone():
+    if is_composed() or torch.is_inference_mode_enabled():
         return torch.func.grad(_sum_and_values(values), has_aux=True)(x)
-    with _recording(1):
-        leaves, spec = pytree.tree_flatten(x)
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        each = values(pytree.tree_unflatten(leaves, spec))
-        return pytree.tree_unflatten(_grad([each], leaves), spec), each.detach()
+    leaves, spec = pytree.tree_flatten(x)
+    record = torch.is_grad_enabled()
+    # An alias, since what x itself is made of may take part in the values too.
+    leaves = [leaf.view_as(leaf) if record else leaf.detach() for leaf in leaves]
+    fresh = [leaf.requires_grad_() for leaf in leaves if not leaf.requires_grad]
+
+    def attempt() -> tuple[Any, Tensor]:
+        each = _checked(lambda: values(pytree.tree_unflatten(leaves, spec)), leaves, known)
+        slopes = _grad([each], leaves, create_graph=record)
+        if not record or (len(fresh) == len(leaves) and foreign([*slopes, each], leaves) is None):
+            slopes, each = [slope.detach() for slope in slopes], each.detach()
+        return pytree.tree_unflatten(slopes, spec), each
+
+    with no_checkpoints() if record else _recording(1):
+        try:
+            return attempt()
+        except (
+            RuntimeError
+        ) as error:  # of torch's batch norm, where a model takes two derivatives itself
+            if "3rd+ order" not in str(error):
+                raise
+        with written_out():
+            return attempt()
 
 
-def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
+def second_order(values: Callable[[Any], Tensor], x: Any, *, known: Known = None) -> SecondOrder:
     """Gradient of ``values(x).sum()``, its Hessian's product with a kept graph, and the values.
 
     Args:
         values: of a pytree, ``[*batch]``.
         x: pytree of tensors.
+        known: see `gradient`.
 
     Returns:
         The gradient, like x; the product, from and to pytrees like x; the values ``[*batch]``.
@@ -84,7 +115,7 @@ def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
     leaves, spec = pytree.tree_flatten(x)
     with _recording(2), twice_differentiable():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        each = values(pytree.tree_unflatten(leaves, spec))
+        each = _checked(lambda: values(pytree.tree_unflatten(leaves, spec)), leaves, known)
         slopes = _grad([each], leaves, create_graph=True)
 
     def product(direction: Any) -> Any:
@@ -95,7 +126,7 @@ def second_order(values: Callable[[Any], Tensor], x: Any) -> SecondOrder:
 
 
 def vjp(
-    fn: Callable[[Any], Any], x: Any, *, transpose: bool = False
+    fn: Callable[[Any], Any], x: Any, *, transpose: bool = False, known: Known = None
 ) -> tuple[Any, Callable[[Any], Any]]:
     """``fn(x)`` and its vector-Jacobian product with a kept graph, itself differentiable.
 
@@ -104,6 +135,7 @@ def vjp(
         x: the point.
         transpose: whether fn is itself such a product, which is linear: of the kept graph only what
             depends on its cotangent is gone through.
+        known: see `gradient`.
 
     Returns:
         The value, and the function from cotangents like the value to a pytree like x.
@@ -115,7 +147,8 @@ def vjp(
     leaves, spec = pytree.tree_flatten(x)
     with _recording(2), twice_differentiable():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        out, out_spec = pytree.tree_flatten(fn(pytree.tree_unflatten(leaves, spec)))
+        result = _checked(lambda: fn(pytree.tree_unflatten(leaves, spec)), leaves, known)
+        out, out_spec = pytree.tree_flatten(result)
 
     def back(cotangent: Any) -> Any:
         of = pytree.tree_leaves(cotangent)
@@ -125,6 +158,16 @@ def vjp(
         return pytree.tree_unflatten(pulled, spec)
 
     return pytree.tree_unflatten([o.detach() for o in out], out_spec), back
+
+
+def _checked(evaluate: Callable[[], Any], leaves: list[Tensor], known: Known) -> Any:
+    """The values, of which nothing else wants a gradient, see `gradient`."""
+    if known is None:
+        return evaluate()
+    with noting_leaves() as made:
+        result = evaluate()
+        check_closed(pytree.tree_leaves(result), [*leaves, *known, *made])
+    return result
 
 
 def _sum_and_values(values: Callable[[Any], Tensor]) -> Callable[[Any], tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ from implicit_optim._autograd import (
     saved,
     split_grads,
 )
-from implicit_optim._batch import WHOLE, Batching
+from implicit_optim._batch import Batching
 from implicit_optim._derivative import gradient, vjp
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import L1, smooth
@@ -50,7 +50,7 @@ def attach(
     curvature: Curvature = Hessian,
     batch_ndim: int = 0,
     seed: int | None = None,
-    batching: Batching = WHOLE,
+    batching: Batching | None = None,
     on_solve: OnSolve | None = None,
 ) -> Tree:
     r"""Make a minimiser ``phi`` a differentiable function of theta and of the data.
@@ -110,7 +110,14 @@ def attach(
     Source: Rajeswaran et al. 2019, Lemma 1 and algorithm 2; Blondel et al. 2022, section 2.
     """
     problem = InnerProblem.bind(
-        objective, phi, theta, *data, batch_ndim=batch_ndim, seed=seed, batching=batching
+        objective,
+        phi,
+        theta,
+        *data,
+        batch_ndim=batch_ndim,
+        seed=seed,
+        batching=batching,
+        closed=True,
     )
     flat = problem.layout.ravel(phi)
     return problem.layout.unravel(

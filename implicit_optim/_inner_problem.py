@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient
-from implicit_optim._batch import WHOLE, Batching, pick
+from implicit_optim._batch import Batching, ByDefault, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._module import as_returned, only_tensors
 from implicit_optim._objective import Equations, InnerObjective, Objective
 from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
+from implicit_optim._replaced import replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class InnerProblem:
         batching: how the tasks of a batch are evaluated and solved.
         first: place of the first task in the batch that this problem is a part of.
         term: the proximal term on flat vectors, where it need not be made anew for every evaluation.
+        closed: whether a tensor that wants a gradient and is in neither phi, theta nor data is an error.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -59,6 +61,7 @@ class InnerProblem:
     batching: Batching
     first: int = 0
     term: Quadratic | None = None
+    closed: bool = False
 
     @classmethod
     def bind(
@@ -69,7 +72,8 @@ class InnerProblem:
         *data: Any,
         batch_ndim: int = 0,
         seed: int | None = None,
-        batching: Batching = WHOLE,
+        batching: Batching | None = None,
+        closed: bool = False,
     ) -> InnerProblem:
         """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
 
@@ -101,7 +105,9 @@ class InnerProblem:
             if isinstance(leaf, Tensor) and leaf.ndim > 0:
                 _check_device(f"theta{keystr(path)}", leaf, first)
         ambient = Ambient.now(first.device, seed)
-        return cls(objective, layout, theta, data, (True,) * batch_ndim, ambient, batching)
+        batching = ByDefault() if batching is None else batching
+        shared = (True,) * batch_ndim
+        return cls(objective, layout, theta, data, shared, ambient, batching, closed=closed)
 
     # -- values and derivatives of the sum over the batch ------------------------------------------
 
@@ -137,7 +143,7 @@ class InnerProblem:
     def losses(self, output: Any) -> Float[Tensor, "*batch"]:
         """The structured objective's loss of every task, given its predictions."""
         loss = self.structured.loss
-        one = lambda o, _, y: _scalar(loss(as_returned(o), y))  # noqa: E731
+        one = lambda o, _, y: _scalar(replaced(loss, as_returned(o), y))  # noqa: E731
         return self._vmap(one, output, None, self.data[-1:])
 
     def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
@@ -162,8 +168,13 @@ class InnerProblem:
         """
         if isinstance(self.objective, Equations):
             return self._residuals(phi, self.objective.residual)
-        slope, term = gradient(self.rest, phi)[0], self.quadratic
+        slope, term = gradient(self.rest, phi, known=self.known)[0], self.quadratic
         return slope if term is None else term.add_slope(slope, phi)
+
+    @property
+    def known(self) -> list[Any] | None:
+        """What the objective may depend on, if anything else is an error."""
+        return pytree.tree_leaves((self.theta, self.data)) if self.closed else None
 
     def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
         ravel = self.layout.ravel
@@ -173,7 +184,7 @@ class InnerProblem:
         self, phi: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
         """Gradient and value of every task's objective."""
-        (slope, values), term = gradient(self.rest, phi), self.quadratic
+        (slope, values), term = gradient(self.rest, phi, known=self.known), self.quadratic
         if term is None:
             return slope, values
         more, _, penalties = term.at(phi)
@@ -208,7 +219,7 @@ class InnerProblem:
 
     def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
         unravel = self.layout.unravel
-        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
+        return self._vmap(lambda p, *rest: replaced(term, unravel(p), *rest), phi, theta, data)
 
     def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
         """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""

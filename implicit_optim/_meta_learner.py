@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,30 +12,28 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient, draw_seed
-from implicit_optim._batch import WHOLE, Batching
+from implicit_optim._autograd import Foreign
+from implicit_optim._batch import Batching, ByDefault, sees_for_free
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._meta_gradient import Implicit, MetaGradient
-from implicit_optim._module import as_function, as_returned, only_tensors
+from implicit_optim._module import AsFunction, arguments, as_returned, only_tensors, undisturbed
 from implicit_optim._objective import Objective
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
 from implicit_optim._query_loss import OfTasks, query_losses
 from implicit_optim._report import Report, Warn, remembered
-from implicit_optim._running_stats import (
-    RunningStats,
-    adapting,
-    check_statistics,
-    predicting,
-    statistics,
-)
+from implicit_optim._running_stats import RunningStats, check_statistics
 from implicit_optim._solution import OnSolve, Solution
 from implicit_optim._solver import Solver
 
 Episode = tuple[Any, ...]
 
-# Numbers in the inputs of a task (13 images of 28 x 28) from which on a CPU computes convolutions faster
-# task by task than of all tasks in one call.
-LARGE_TASK = 10_000
+
+class _Target(NamedTuple):
+    """A task's target, and the parameters of the loss, which every task carries."""
+
+    parameters: dict[str, Tensor]
+    target: Any
 
 
 class MetaLearner(nn.Module):
@@ -44,13 +43,15 @@ class MetaLearner(nn.Module):
     losses ``L_i(phi_i)``, differentiable in theta and in a learned lam. It is no trainer: any
     optimizer, scheduler, checkpoint or launcher takes it like any other module.
 
-    Parameters with ``requires_grad=False`` do not adapt and are shared by all tasks as they are; tied
-    parameters adapt once.
+    The parameters that require grad when the learner is made adapt, tied ones once; the others are
+    shared by all tasks as they are.
 
     Args:
-        model: the module; ``model(x)`` gives the output of one task's ``x [N, ...]``. It is held, not
-            copied, and never changed by adapting.
-        loss: ``(output, target) -> scalar``, for support and query.
+        model: the module; ``model(x)`` gives the output of one task's ``x [N, ...]``. It is called as it
+            is, with the tensors of a task in the places of its parameters for the time of the call, and
+            is never changed by adapting.
+        loss: ``(output, target) -> scalar``, for support and query. The parameters of an
+            ``nn.Module`` do not adapt and are meta-parameters as well.
         solver: the inner solver, e.g. ``gd(lr=0.1, max_steps=16)``.
         lam: proximal strength > 0: a number, a tensor, a dict by parameter name, or a
             [`Proximal`][implicit_optim.Proximal], which can be learned.
@@ -65,12 +66,13 @@ class MetaLearner(nn.Module):
             in the inner steps and in every product of a linear solve, then draws the same ones, from
             a seed that torch's generator gives.
         batching: how the tasks are solved, see [`Batching`][implicit_optim.Batching]. Default: all at
-            once; on a CPU, models with convolutions in as many threads as torch may use.
+            once, by ``torch.func.vmap``; one by one if the model does what that refuses, which is said
+            in a warning and in ``report()``.
 
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: lam is not > 0 or does not name every trainable parameter; the model has no
-            trainable parameter.
+            trainable parameter, or one whose shape is not known yet.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -112,6 +114,8 @@ class MetaLearner(nn.Module):
         self.stochastic = stochastic
         self.batching = batching
         self._solves: dict[str, Solution] = {}
+        self._by_default = ByDefault()
+        self._adapting = tuple(_trainable(model))
         anchor = self.anchor()
         if not anchor:
             raise ValueError(
@@ -124,7 +128,9 @@ class MetaLearner(nn.Module):
 
     def anchor(self) -> dict[str, Tensor]:
         """The meta-parameters that adapt, by name: theta."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with undisturbed(self.model):
+            named = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: named[name] for name in self._adapting}
 
     def forward(self, support: Episode, query: Episode) -> Float[Tensor, " T"]:
         """Query loss of each task after adaptation.
@@ -145,13 +151,14 @@ class MetaLearner(nn.Module):
             raise ValueError(
                 f"support has {tasks} tasks but query has {asked}: they belong together"
             )
-        seed = self._seed()
-        phi = self._adapt(support, seed)
-        view = predicting(self.model, self.running_stats)
-        query_loss = Objective(as_function(view), self.loss).fit
-        # Other random numbers than those of the support set, from the same draw.
-        asked_seed = None if seed is None else ~seed
-        losses = query_losses(self._of_tasks(query_loss, phi, tuple(query), asked_seed), phi)
+        seed, model = self._seed(), AsFunction(self.model)
+        with self._naming():
+            phi = self._adapt(model, support, seed)
+            query_loss = self._objective(model.under(self._by_batch(adapting=False))).fit
+            # Other random numbers than those of the support set, from the same draw.
+            asked_seed = None if seed is None else ~seed
+            data = self._with_loss_parameters(query, tasks)
+            losses = query_losses(self._of_tasks(query_loss, phi, data, asked_seed), phi)
         return self.meta_gradient.outer(self.anchor(), phi, losses)
 
     if TYPE_CHECKING:  # torch types the call of any module as Any
@@ -168,18 +175,24 @@ class MetaLearner(nn.Module):
             phi ``[T, *shape]`` by name: one set of parameters a task; with ``RunningStats.PER_TASK``
             also the statistics.
         """
-        return self._adapt(support, self._seed())
+        with self._naming():
+            return self._adapt(AsFunction(self.model), support, self._seed())
 
-    def _adapt(self, support: Episode, seed: int | None) -> dict[str, Tensor]:
+    def _adapt(self, model: AsFunction, support: Episode, seed: int | None) -> dict[str, Tensor]:
         tasks = _count_tasks("support", support)
         check_statistics(self.model, self.running_stats)
-        problem = self._inner_problem(tasks, support, seed)
+        model = model.under(self._by_batch(adapting=True))
+        problem = self._inner_problem(model, tasks, support, seed)
         start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
         phi = problem.layout.unravel(flat)
         if self.running_stats is RunningStats.PER_TASK:
-            one = lambda p, *x: statistics(self.model, lambda view: as_function(view)(p, *x))  # noqa: E731
-            phi = phi | self._of_tasks(one, phi, tuple(support[:-1]), seed)(phi)
+
+            def statistics(phi: Any, *inputs: Any) -> Any:
+                inputs, keywords = arguments(self.model, inputs)
+                return model.statistics(phi, *inputs, **keywords)
+
+            phi = phi | self._of_tasks(statistics, phi, tuple(support[:-1]), seed)(phi)
         return phi
 
     def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
@@ -194,10 +207,22 @@ class MetaLearner(nn.Module):
 
         Raises:
             TypeError: the structure is of a class that torch does not know as a tree.
+            ValueError: phi lacks parameters that adapt, or has others.
         """
+        needed = set(self._adapting)
+        if self.running_stats is RunningStats.PER_TASK:
+            needed |= {
+                k
+                for k, _ in self.model.named_buffers()
+                if k.endswith(("running_mean", "running_var"))
+            }
+        if not isinstance(phi, dict) or not needed <= phi.keys():
+            got = sorted(phi) if isinstance(phi, dict) else type(phi).__name__
+            raise ValueError(f"phi must hold {sorted(needed)}, as adapt() returns them, got {got}")
         _count_tasks("phi and inputs", (phi, *inputs))
-        model = as_function(predicting(self.model, self.running_stats))
-        one = lambda phi, *inputs: only_tensors(model(phi, *inputs))  # noqa: E731
+        model = AsFunction(self.model, self._by_batch(adapting=False))
+        outputs = self._objective(model).predict
+        one = lambda phi, *inputs: only_tensors(outputs(phi, *inputs))  # noqa: E731
         return as_returned(self._of_tasks(one, phi, inputs, self._seed())(phi))
 
     def report(self) -> Report:
@@ -205,58 +230,119 @@ class MetaLearner(nn.Module):
 
         Reading it synchronises with the device.
         """
-        return Report(dict(self._solves))
+        return Report(dict(self._solves), tuple(self._by_default.refusals))
 
     @property
     def objective(self) -> Objective:
         """One task's inner problem, a function of ``(phi, (anchor, lam), *inputs, target)``."""
-        view = adapting(self.model, self.running_stats)
-        return Objective(as_function(view), self.loss, proximal)
+        return self._objective(AsFunction(self.model, self._by_batch(adapting=True)))
+
+    def _objective(self, model: AsFunction) -> Objective:
+        def outputs(phi: Any, *inputs: Any) -> Any:
+            inputs, keywords = arguments(self.model, inputs)
+            return model(phi, *inputs, **keywords)
+
+        loss = self.loss
+        if isinstance(loss, nn.Module) and [*loss.parameters(), *loss.buffers()]:
+            of_module = AsFunction(loss)
+
+            def loss(output: Any, target: Any) -> Tensor:
+                own, target = target if isinstance(target, _Target) else ({}, target)
+                return of_module(own, output, target)
+
+        return Objective(outputs, loss, proximal)
+
+    def _by_batch(self, *, adapting: bool) -> bool | None:
+        """Whether the norms with running statistics take those of the batch."""
+        if self.running_stats is None:
+            return None
+        return self.running_stats is not RunningStats.FROZEN and (
+            adapting or self.running_stats is RunningStats.BATCH
+        )
+
+    def _with_loss_parameters(self, episode: Episode, tasks: int) -> Episode:
+        """The episode, with the loss's parameters beside its target: as data they get a gradient."""
+        own = _trainable(self.loss) if isinstance(self.loss, nn.Module) else {}
+        if not own:
+            return tuple(episode)
+        *inputs, target = episode
+        return *inputs, _Target({k: p.expand(tasks, *p.shape) for k, p in own.items()}, target)
 
     def _seed(self) -> int | None:
         return draw_seed() if self.stochastic else None
 
-    def _inner_problem(self, tasks: int, support: Episode, seed: int | None) -> InnerProblem:
+    def _inner_problem(
+        self, model: AsFunction, tasks: int, support: Episode, seed: int | None
+    ) -> InnerProblem:
         anchor = self.anchor()
-        theta = (anchor, self.proximal())
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
-        batching = self._batching(support)
         return InnerProblem.bind(
-            self.objective, phi, theta, *support, batch_ndim=1, seed=seed, batching=batching
+            self._objective(model),
+            phi,
+            (anchor, self.proximal()),
+            *self._with_loss_parameters(support, tasks),
+            batch_ndim=1,
+            seed=seed,
+            batching=self.batching or self._by_default,
+            closed=True,
         )
-
-    def _batching(self, episode: Episode) -> Batching:
-        """As asked for; else how convolutions are solved on a CPU, see docs/cost.md.
-
-        It never changes what is drawn.
-        """
-        if self.batching is not None:
-            return self.batching
-        weights = list(self.anchor().values())
-        convolutional = any(weight.ndim >= 3 for weight in weights)
-        if self.stochastic or weights[0].device.type != "cpu" or not convolutional:
-            return WHOLE
-        if torch.compiler.is_compiling():
-            return WHOLE
-        inputs = next(t for t in pytree.tree_leaves(episode) if isinstance(t, Tensor))
-        tasks = len(inputs)
-        if inputs.numel() < LARGE_TASK * tasks:
-            return WHOLE
-        return Batching(chunk_size=1, threads=min(tasks, torch.get_num_threads()))
 
     def _of_tasks(
         self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
     ) -> OfTasks:
         ambient = Ambient.now(next(iter(phi.values())).device, seed)
-        return OfTasks(one, data, ambient, self._batching(data))
+        return OfTasks(one, data, ambient, self.batching or self._by_default)
 
     def _heard(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects
             return
         last = remembered(solution)
         if last is not None:
+            first_time = name not in self._solves
             self._solves[name] = last
+            if name == "minimize" and (first_time or sees_for_free(last.status)):
+                self._check_reached(last)
         self.on_solve(name, solution)
+
+    def _check_reached(self, solution: Solution) -> None:
+        """Raise ``ValueError`` if the first gradient of the support loss was exactly zero everywhere."""
+        empty = not any(p.numel() for p in self.anchor().values())
+        if not (empty or bool(solution.stats["initial_grad_norm"].any())):
+            raise ValueError(
+                "the support loss does not reach the parameters that adapt: its first gradient is "
+                f"exactly zero in every task (parameters {list(self._adapting)}). See that forward uses "
+                "them, detaches nothing and runs without torch.no_grad(); if theta solves every task "
+                "exactly, there is nothing to adapt to"
+            )
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Errors about tensors name the attribute in which they are found."""
+        try:
+            yield
+        except Foreign as error:
+            raise Foreign(error.tensor, self._name_of(error.tensor)) from None
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        for path, module in self.named_modules():
+            for place in (module._parameters, vars(module)):
+                for key, value in place.items():
+                    held = value if isinstance(value, (list, tuple)) else [value]
+                    if any(t is tensor for t in held):
+                        return f"{path}.{key}, of shape {tuple(tensor.shape)},"
+        return None
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require grad, by name.
+
+    Raises:
+        ValueError: the shape of one is not known yet.
+    """
+    for name, p in module.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: run a batch through the model first")
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _count_tasks(name: str, episode: Episode) -> int:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from implicit_optim._ambient import full_precision
 from implicit_optim._batch import (
-    WHOLE,
     Batching,
     none_left,
     sees_for_free,
@@ -36,7 +35,7 @@ def minimize(
     solver: Solver,
     batch_ndim: int = 0,
     seed: int | None = None,
-    batching: Batching = WHOLE,
+    batching: Batching | None = None,
 ) -> Solution:
     r"""Minimise one objective per task, ``phi*(theta) = argmin_phi F(phi, theta, *data)``.
 
@@ -110,7 +109,7 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
         start = init[tasks].clone()  # because a task that takes no step must not return init itself
         solution = problem.ambient.hold(
             lambda ambient: run(replace(problem, ambient=ambient), start, solver),
-            watched=not problem.shared or problem.batching.loops,
+            watched=lambda: not problem.shared or problem.batching.loops,
         )
         return led(solution, tasks)
 
@@ -173,6 +172,8 @@ def _loop(
         try:
             with _recorded(recorded):
                 at = solver.known(state) or solver.evaluate(problem, phi)
+            if problem.closed:  # one look is enough
+                problem = replace(problem, closed=False)
         except Exception:
             if careful or _is_finite(phi):
                 raise

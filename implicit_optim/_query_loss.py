@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient
-from implicit_optim._autograd import split_grads
-from implicit_optim._batch import WHOLE, Batching, pick
-from implicit_optim._derivative import gradient, is_composed
+from implicit_optim._autograd import check_closed, split_grads
+from implicit_optim._batch import Batching, pick
+from implicit_optim._derivative import gradient, is_composed, no_checkpoints
+from implicit_optim._replaced import noting_leaves, replaced
 
 
 def query_losses(losses: OfTasks, phi: Any) -> Float[Tensor, " T"]:
@@ -22,7 +23,7 @@ def query_losses(losses: OfTasks, phi: Any) -> Float[Tensor, " T"]:
 
     Where the tasks are gone through in chunks, the gradient of a chunk is taken with its losses: the
     next one finds its memory free, and chunks that are solved in threads are differentiated in threads.
-    Elsewhere, and where a loss depends on something else that wants a gradient, autograd records all.
+    Elsewhere, and where the data want a gradient, autograd records all.
 
     Args:
         losses: of every task, ``[T]``.
@@ -30,15 +31,20 @@ def query_losses(losses: OfTasks, phi: Any) -> Float[Tensor, " T"]:
 
     Returns:
         The losses, differentiable as often as one likes.
+
+    Raises:
+        Foreign: something else than phi and the data wants a gradient.
     """
     leaves, spec = pytree.tree_flatten(phi)
+    data = [t for t in pytree.tree_leaves(losses.data) if isinstance(t, Tensor) and t.requires_grad]
     wanted = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    if losses.batching != WHOLE and wanted and not is_composed():
-        try:
-            return _Eager.apply(losses, spec, *leaves)[0]
-        except _Foreign:
-            pass
-    result: Tensor = losses(phi)
+    if is_composed() or not torch.is_grad_enabled():
+        return losses(phi)
+    if wanted and not data and len(losses.batching.chunks(len(leaves[0]))) > 1:
+        return _Eager.apply(losses, spec, *leaves)[0]
+    with noting_leaves() as made:
+        result: Tensor = losses(phi)
+        check_closed([result], [*leaves, *data, *made])
     return result
 
 
@@ -62,9 +68,10 @@ class OfTasks:
 
     def __call__(self, phi: Any) -> Any:
         """Its values, ``[T, ...]``."""
-        one = lambda phi, _, *data: self.one(phi, *data)  # noqa: E731
+        one = lambda phi, _, *data: replaced(self.one, phi, *data)  # noqa: E731
         args = (phi, None, self.data, (True,), self.batching)
-        return self.ambient.over_tasks(one, *args, start=self.first)
+        with no_checkpoints():
+            return self.ambient.over_tasks(one, *args, start=self.first)
 
     def part(self, chunk: slice) -> OfTasks:
         """The same function of a chunk of the tasks."""
@@ -80,7 +87,7 @@ class _Eager(torch.autograd.Function):
         def part(chunk: slice) -> tuple[Tensor, ...]:
             own = pytree.tree_unflatten([leaf[chunk] for leaf in leaves], spec)
             # The data are cut where a graph is recorded: it tells whether they want a gradient.
-            slopes, values = gradient(_of_phi_alone(lambda phi: losses.part(chunk)(phi)), own)
+            slopes, values = gradient(losses.part(chunk), own, known=())
             return values, *pytree.tree_leaves(slopes)
 
         parts = losses.batching.run(part, len(leaves[0]))
@@ -105,26 +112,3 @@ class _Eager(torch.autograd.Function):
         each = zip(slopes, needed, strict=True)
         columns = (along.reshape(-1, *[1] * (s.ndim - 1)) * s if need else None for s, need in each)
         return None, None, *columns
-
-
-class _Foreign(Exception):
-    """Something else than phi wants a gradient of a loss."""
-
-
-def _of_phi_alone(losses: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """The same function, which raises `_Foreign` if its graph ends elsewhere than at its argument."""
-
-    def values(phi: Any) -> Tensor:
-        result, own = losses(phi), {id(leaf) for leaf in pytree.tree_leaves(phi)}
-        ahead, seen = [result.grad_fn], set()
-        while ahead:
-            node: Any = ahead.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable") and id(node.variable) not in own:
-                raise _Foreign
-            ahead.extend(before for before, _ in node.next_functions)
-        return result
-
-    return values

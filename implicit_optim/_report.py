@@ -107,6 +107,7 @@ class Report:
 
     Attributes:
         solves: the last solution by name, without its value.
+        refusals: what ``torch.func.vmap`` said where it could not batch the tasks.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -127,6 +128,7 @@ class Report:
     """
 
     solves: Mapping[str, Solution]
+    refusals: tuple[str, ...] = ()
 
     def numbers(self) -> dict[str, float]:
         """Medians over the tasks and shares of them, by ``"solve/what"``: for a logger.
@@ -184,6 +186,8 @@ class Report:
             if get("fallback") > 0:
                 share = f"{100 * get('fallback'):.0f} %"
                 lines.append(f"{'':<14} {share} of the tasks indefinite, solved with the fallback")
+        if self.refusals:
+            lines.append(f"Tasks one by one, since torch.func.vmap refuses: {self.refusals[0]}")
         return "\n".join([*lines, self.advice()]) if lines else "No solve so far."
 
 

@@ -1,21 +1,20 @@
-"""What layers that track running statistics (batch norm) do while a model adapts.
+"""What normalisation by running statistics means while a model adapts.
 
-The user's module is never changed: a policy looks at it through a shallow copy of the module tree, in
-which those layers are other objects; parameters are shared.
+The unit is the function, ``F.batch_norm`` or ``F.instance_norm``, told by the buffers that it is given:
+whatever layer calls it, and with whatever hooks, is the user's.
 """
 
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
-
-from implicit_optim._module import shallow, shallow_copy
+from torch.overrides import TorchFunctionMode
 
 
 class RunningStats(enum.Enum):
@@ -50,101 +49,74 @@ class RunningStats(enum.Enum):
     PER_TASK = enum.auto()
 
 
-def tracking(model: nn.Module) -> dict[str, _NormBase]:
-    """The layers that track running statistics, by name."""
-    return {name: module for name, module in model.named_modules() if _tracks(module)}
+# How each is told to take the statistics of what it normalises.
+_BY_BATCH: dict[Callable[..., Any], str] = {
+    F.batch_norm: "training",
+    F.instance_norm: "use_input_stats",
+}
+_ARGUMENTS = {function: tuple(inspect.signature(function).parameters) for function in _BY_BATCH}
 
 
-def _tracks(module: nn.Module) -> TypeGuard[_NormBase]:
-    return isinstance(module, _NormBase) and module.running_mean is not None
+class Policy(TorchFunctionMode):
+    """Tells the functions that are given running statistics which ones to take; none are updated.
+
+    Args:
+        by_batch: those of what is normalised, or the given ones.
+        names: of the model's buffers, by their identity in this call.
+        seen: where the statistics of what is normalised are left, by name; ``None`` if nobody asks.
+    """
+
+    def __init__(
+        self, by_batch: bool, names: dict[int, str], seen: dict[str, Tensor] | None = None
+    ) -> None:
+        self.by_batch, self.names, self.seen = by_batch, names, seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _BY_BATCH:
+            return func(*args, **(kwargs or {}))
+        told = dict(zip(_ARGUMENTS[func], args, strict=False)) | (kwargs or {})
+        if told.get("running_mean") is not None:
+            if self.seen is not None:
+                self._see(told["running_mean"], told["input"], self.seen, func is F.instance_norm)
+            told[_BY_BATCH[func]] = self.by_batch
+            if self.by_batch:
+                told["running_mean"] = told["running_var"] = None
+        return func(**told)
+
+    def _see(self, running_mean: Tensor, x: Tensor, seen: Any, of_each_example: bool) -> None:
+        name = self.names.get(id(running_mean))
+        if name is None:
+            return
+        if name in seen:
+            layer = name.removesuffix("running_mean").removesuffix(".") or "the model"
+            raise ValueError(
+                f"{layer} is called twice in one forward pass: RunningStats.PER_TASK cannot tell the "
+                "two apart; use RunningStats.BATCH"
+            )
+        var, mean = torch.var_mean(x, [d for d in range(of_each_example, x.ndim) if d != 1])
+        if of_each_example:
+            var, mean = var.mean(0), mean.mean(0)
+        seen[name], seen[name.removesuffix("mean") + "var"] = mean, var
+
+
+def check_not_updated(running_mean: Tensor | None, training: bool) -> None:
+    """Raise ``ValueError`` if a function with these arguments would update running statistics."""
+    if running_mean is not None and training:
+        raise ValueError(
+            "a normalisation would update its running statistics while the model adapts, mixing the "
+            "tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or PER_TASK of a MetaLearner, "
+            "call .eval(), or build the layer with track_running_stats=False"
+        )
 
 
 def check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
     """Raise ``ValueError`` where a layer would update its statistics and no policy was chosen."""
-    for name, module in tracking(model).items() if policy is None else ():
-        if module.training:
+    for name, module in model.named_modules() if policy is None else ():
+        if module.training and isinstance(getattr(module, "running_mean", None), Tensor):
             raise ValueError(
                 f"{name or 'model'} ({type(module).__name__}) would update its running statistics while "
                 "it adapts, mixing the tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or "
                 "PER_TASK, or build the layer with track_running_stats=False"
             )
-
-
-def adapting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
-    """The model as it adapts."""
-    if policy is None:
-        return model
-    return _with_norms(model, _frozen if policy is RunningStats.FROZEN else _of_the_batch)
-
-
-def predicting(model: nn.Module, policy: RunningStats | None) -> nn.Module:
-    """The model as it predicts with what was adapted; PER_TASK expects statistics as buffers."""
-    if policy is not RunningStats.PER_TASK:
-        return adapting(model, policy)
-    return _with_norms(model, _Given)
-
-
-def statistics(model: nn.Module, forward: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
-    """Mean and unbiased variance of what each layer that tracks them sees during ``forward``."""
-    seen: dict[str, Tensor] = {}
-
-    def listen(name: str, layer: nn.Module) -> None:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            space = list(range(2, x.ndim))
-            over = space if isinstance(layer, _InstanceNorm) else [0, *space]
-            var, mean = torch.var_mean(x, over)
-            if isinstance(layer, _InstanceNorm):
-                var, mean = var.mean(0), mean.mean(0)
-            if f"{name}running_mean" in seen:
-                raise ValueError(
-                    f"{name[:-1] or 'model'} is called twice in one forward pass: RunningStats.PER_TASK "
-                    "cannot tell the two apart; use RunningStats.BATCH"
-                )
-            seen[f"{name}running_mean"], seen[f"{name}running_var"] = mean, var
-
-        layer.register_forward_pre_hook(hook)
-
-    view = _with_norms(model, _of_the_batch)
-    for name in tracking(model):
-        listen(f"{name}." if name else "", view.get_submodule(name))
-    forward(view)
-    return seen
-
-
-def _of_the_batch(layer: _NormBase) -> nn.Module:
-    copy = shallow(layer)
-    copy.training, copy.track_running_stats = True, False
-    copy._buffers.update(running_mean=None, running_var=None, num_batches_tracked=None)
-    return copy
-
-
-def _frozen(layer: _NormBase) -> nn.Module:
-    copy = shallow(layer)
-    copy.training = False
-    return copy
-
-
-class _Given(nn.Module):
-    """Normalisation by its buffers, differentiable in them, which ``F.batch_norm`` is not."""
-
-    def __init__(self, layer: _NormBase) -> None:
-        super().__init__()
-        self.eps = layer.eps
-        self._parameters, self._buffers = dict(layer._parameters), dict(layer._buffers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        given = self._buffers | self._parameters
-        mean, var = given["running_mean"], given["running_var"]
-        assert mean is not None and var is not None
-        normal = (x - mean.reshape(shape)) * (var + self.eps).rsqrt().reshape(shape)
-        weight, bias = given["weight"], given["bias"]
-        if weight is not None:
-            normal = normal * weight.reshape(shape)
-        return normal if bias is None else normal + bias.reshape(shape)
-
-
-def _with_norms(model: nn.Module, norm: Callable[[Any], nn.Module]) -> nn.Module:
-    """The model with other layers in place of those that track running statistics."""
-    return shallow_copy(model, lambda module: norm(module) if _tracks(module) else None)

@@ -124,13 +124,20 @@ def plain(t):
     return t.detach().clone()
 
 
+class Shared(list):
+    """One list for the copies of a network in several threads."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Recorder(nn.Module):
     """Dropout by a mask, of which it keeps every one it draws, by the task's examples."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
-        self.seen = []
+        self.seen = Shared()
 
     def forward(self, x):
         h = self.first(x).tanh()
@@ -143,5 +150,6 @@ class Recorder(nn.Module):
     def take(self, x):
         """The masks `[evaluations, examples, 4]` that each task of `x` has had; then forget them."""
         masks = [torch.stack([m for e, m in self.seen if torch.equal(e, task)]) for task in x]
-        self.seen = [(e, m) for e, m in self.seen if not any(torch.equal(e, task) for task in x)]
+        left = [(e, m) for e, m in self.seen if not any(torch.equal(e, task) for task in x)]
+        self.seen[:] = left
         return masks

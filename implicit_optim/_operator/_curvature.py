@@ -91,7 +91,7 @@ class Hessian(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graph of one gradient; each product is one pull-back through it."""
         problem, phi = self.problem.prepared(), self.phi
-        rest, term = second_order(problem.rest, phi), problem.quadratic
+        rest, term = second_order(problem.rest, phi, known=problem.known), problem.quadratic
         terms = [rest] if term is None else [rest, term.at(phi)]
         return self._linearized(problem, *terms)
 
@@ -129,10 +129,10 @@ class GaussNewton(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem.prepared(), self.phi
-        output, pull = vjp(problem.predictions, phi)
+        output, pull = vjp(problem.predictions, phi, known=problem.known)
         zero = pytree.tree_map(torch.zeros_like, output)
         _, push = vjp(pull, zero, transpose=True)  # J x: the transpose of J^T
-        slope, out_hessian, losses = second_order(problem.losses, output)
+        slope, out_hessian, losses = second_order(problem.losses, output, known=problem.known)
 
         def mv(x: Tensor) -> Tensor:
             return pull(out_hessian(push(x)))
@@ -186,11 +186,11 @@ class EmpiricalFisher(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict and of its transpose, and the slopes of the losses."""
         problem, phi = self.problem.prepared(), self.phi
-        output, pull = vjp(problem.predictions, phi)
+        output, pull = vjp(problem.predictions, phi, known=problem.known)
         if not isinstance(output, Tensor) or output.ndim < phi.ndim:
             raise TypeError("EmpiricalFisher needs predictions that are one tensor [N, ...]")
         _, push = vjp(pull, torch.zeros_like(output), transpose=True)
-        slope, values = gradient(problem.losses, output)
+        slope, values = gradient(problem.losses, output, known=problem.known)
         each = slope.flatten(phi.ndim - 1, -1).unflatten(-1, (output.shape[phi.ndim - 1], -1))
 
         def mv(x: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
-"""Convolution with a second derivative that is one convolution_backward.
+"""Ours is faster: a convolution with a second derivative that is one convolution_backward.
 
 The map ``(x, W) -> y`` is bilinear, so what torch calls the backward of a convolution is, given other
 arguments, the backward of its backward. torch takes another way there, over convolutions with the
-output as their kernel, and computes gradients of the data that nobody wants.
-
-On a CPU the channels of a pixel lie side by side (``torch.channels_last``): that is how oneDNN's kernels
-like it, and those of batch norm too. The weights of a layer are packed so, its output comes out so, and
-the layers behind it keep the order.
+output as their kernel, and computes gradients of the data that nobody wants. Under vmap the tasks become
+groups of one call. Both functions are made of differentiable operations, so that any number of
+derivatives is right. And torch is wrong: under vmap a convolution does not see autocast.
 """
 
 from __future__ import annotations
@@ -14,57 +12,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from implicit_optim._ambient import autocast_is_on
 from implicit_optim._autograd import lead
 from implicit_optim._batch import is_batched
-from implicit_optim._layers._base import fold, is_linear, may_pack, solving, stand_ins, unfold
+from implicit_optim._replaced._when import Way, fold, is_linear, unfold, way
 
 # stride, padding, dilation, transposed, output_padding, groups
 Geometry = tuple[Any, ...]
 _aten = torch.ops.aten
-# Weights that outnumber the input's numbers by this are not packed: it would take longer than it saves.
-SMALL_INPUT = 8
 
 
-class _Layer(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self
-        w, zeros = layer.weight, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-        if not zeros or x.ndim != w.ndim or x.dtype != w.dtype or not len(x):
-            return super().forward(x)
-        if autocast_is_on(x.device):  # which casts for torch's own layer alone
-            return super().forward(x)
-        if not is_batched(x):
-            x, w = _packed(x, w, 0, layer.stride)
-        if not solving(w):
-            y: Tensor = layer._conv_forward(x, w, layer.bias)
-            return y
-        none = (0,) * len(layer.stride)
-        geometry = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
-        return _Convolution.apply(x, w, layer.bias, geometry)
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    x, w, sides = input, weight, weight.ndim - 2
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    if autocast_is_on(x.device):
+        if not is_batched(w):
+            return NotImplemented
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, b = (None if t is None else t.to(dtype) for t in (x, w, bias))
+        return _TORCHS[sides - 1](x, w, b, stride, padding, dilation, groups)
+    usable = x.ndim == w.ndim and x.dtype == w.dtype and len(x) > 0 and not isinstance(padding, str)
+    if not usable or way(x, w) is not Way.OURS:
+        return NotImplemented
+    stride, padding, dilation = (_each_side(v, sides) for v in (stride, padding, dilation))
+    return _Convolution.apply(x, w, bias, (stride, padding, dilation, False, (0,) * sides, groups))
 
 
-CONVOLUTIONS = stand_ins(_Layer, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TORCHS = (F.conv1d, F.conv2d, F.conv3d)
+ENTRIES = dict.fromkeys(_TORCHS, _convolution)
 
 
-def _packed(
-    x: Tensor, w: Tensor, batch_ndim: int, stride: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The input, and the weights ``[*batch, out, in, *kernel] -> [*batch out, in, *kernel]``.
+def _each_side(value: Any, sides: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * sides if len(value) == 1 else value
 
-    Of images in the order for oneDNN, unless they are few beside the weights.
-    """
-    batched, images = is_batched(w), len(stride) == 2 and w.device.type == "cpu"
-    if batched or not images or not may_pack():
-        return x, w.flatten(0, batch_ndim)
-    if w.numel() > SMALL_INPUT * x.numel():
-        return x.contiguous(), w.flatten(0, batch_ndim)
-    w = w.movedim(-3, -1).flatten(0, batch_ndim)
-    if w.stride(-1) != 1 or not w.is_contiguous():  # of one channel only the stride tells the order
-        w = w.clone(memory_format=torch.contiguous_format)
-    return x, w.movedim(-1, -3)
+
+def _all_groups(w: Tensor) -> Tensor:
+    """Weights ``[T, out, in, *kernel] -> [T out, in, *kernel]``, in the memory format that they have."""
+    if w.ndim == 5 and w.stride(-3) == 1 and w.stride(-1) != 1:  # channels_last
+        return w.movedim(-3, -1).flatten(0, 1).movedim(-1, -3)
+    return w.flatten(0, 1)
 
 
 class _Convolution(torch.autograd.Function):
@@ -89,8 +88,7 @@ class _Convolution(torch.autograd.Function):
         tasks, (*rest, groups) = info.batch_size, geometry
         x, w, b = lead([x, w, b], in_dims[:3], tasks)
         b = None if b is None else b.flatten()
-        x, w = _packed(fold(x), w, 1, rest[0])
-        y = _Convolution.apply(x, w, b, (*rest, tasks * groups))
+        y = _Convolution.apply(fold(x), _all_groups(w), b, (*rest, tasks * groups))
         return unfold(y, tasks), 1
 
 
@@ -108,7 +106,6 @@ class _Backward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:
         """Along cotangents u of dx, p of dweight, q of dbias."""
         dy, x, w = ctx.saved_tensors
@@ -125,10 +122,11 @@ class _Backward(torch.autograd.Function):
         if is_linear():
             return d_dy, None, None, None, None
         _, of_x, of_w, *_ = ctx.needs_input_grad
-        needed = (of_x and p is not None, of_w and u is not None, False)
+        of_x, of_w = of_x and p is not None, of_w and u is not None
         d_x = d_w = None
-        if any(needed):
+        if of_x or of_w:
             image, kernel = x if u is None else u, w if p is None else p
+            needed = (of_x, of_w, False)
             rest = _aten.convolution_backward(dy, image, kernel, None, *ctx.geometry, needed)
             d_x, d_w, _ = rest
         return d_dy, d_x, d_w, None, None
