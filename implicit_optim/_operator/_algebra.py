@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from implicit_optim._operator._base import SUGAR, Leaves, Linearized, Operator, Vector
+from implicit_optim._operator._base import SUGAR, Composed, Linearized, Operator, Vector
 
 
 @dataclass(frozen=True, eq=False)
-class _Pair(Operator):
+class _Pair(Composed):
     """What operators made of two others share."""
+
+    _made_of: ClassVar = ("left", "right")
 
     left: Operator
     right: Operator
@@ -53,31 +55,6 @@ class _Pair(Operator):
     @staticmethod
     def _combined(left: Operator | Linearized, right: Operator | Linearized, x: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def tensors(self) -> tuple[Leaves, Leaves]:
-        """Those of the one, then those of the other."""
-        own, common = zip(self.left.tensors(), self.right.tensors(), strict=True)
-        return [*own[0], *own[1]], [*common[0], *common[1]]
-
-    def _split(self, own: Leaves, common: Leaves) -> tuple[tuple[Leaves, Leaves], ...]:
-        i, j = (len(leaves) for leaves in self.left.tensors())
-        return (own[:i], common[:j]), (own[i:], common[j:])
-
-    def with_tensors(self, own: Leaves, common: Leaves) -> _Pair:
-        """The same form over other tensors."""
-        left, right = self._split(own, common)
-        return replace(
-            self, left=self.left.with_tensors(*left), right=self.right.with_tensors(*right)
-        )
-
-    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> _Pair:
-        """One more batch dimension in front."""
-        left, right = self._split(own, common)
-        return replace(
-            self,
-            left=self.left.add_batch(*left, shared=shared),
-            right=self.right.add_batch(*right, shared=shared),
-        )
 
 
 class Sum(_Pair):
@@ -150,14 +127,10 @@ class Product(_Pair):
 
 
 @dataclass(frozen=True, eq=False)
-class _Numbered(Operator):
+class _Numbered(Composed):
     """What operators made of another and a number share; the number is their second field."""
 
     operator: Operator
-
-    @property
-    def _name(self) -> str:
-        return fields(self)[1].name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -179,7 +152,7 @@ class _Numbered(Operator):
         return None if other is None else replace(self, operator=other)
 
     def _number(self, x: Tensor) -> Tensor:
-        number = getattr(self, self._name)
+        number = getattr(self, self._made_of[0])
         return torch.as_tensor(number, dtype=x.dtype, device=x.device).unsqueeze(-1)
 
     def mv(self, x: Vector) -> Vector:
@@ -205,25 +178,13 @@ class _Numbered(Operator):
         number = self._number(r)
         return r / torch.where(number > 0, number, 1.0)
 
-    def tensors(self) -> tuple[Leaves, Leaves]:
-        """A's tensors and the number, expanded over the batch."""
-        own, common = self.operator.tensors()
-        number = getattr(self, self._name)
-        if number is not None:  # in a blank it is
-            like = self.operator.like()
-            number = torch.as_tensor(number, dtype=like.dtype, device=like.device)
-            number = number.expand(self.shape[:-1])
-        return [number, *own], common
-
-    def with_tensors(self, own: Leaves, common: Leaves) -> Operator:
-        """The same form over other tensors."""
-        operator = self.operator.with_tensors(own[1:], common)
-        return replace(self, operator=operator, **{self._name: own[0]})
-
-    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Operator:
-        """One more batch dimension in front."""
-        operator = self.operator.add_batch(own[1:], common, shared=shared)
-        return replace(self, operator=operator, **{self._name: own[0]})
+    def _own(self, field: Any) -> Any:
+        """The number, expanded over the batch."""
+        if field is None:
+            return None
+        like = self.operator.like()
+        number = torch.as_tensor(field, dtype=like.dtype, device=like.device)
+        return number.expand(self.shape[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +200,8 @@ class Damped(_Numbered):
         >>> iopt.Damped(iopt.Dense(torch.eye(2)), 0.5).mv(torch.ones(2)).tolist()
         [1.5, 1.5]
     """
+
+    _made_of: ClassVar = ("damping", "operator")
 
     damping: Any
 
@@ -264,6 +227,8 @@ class Scaled(_Numbered):
         >>> (3 * iopt.Dense(torch.eye(2))).mv(torch.ones(2)).tolist()
         [3.0, 3.0]
     """
+
+    _made_of: ClassVar = ("factor", "operator")
 
     factor: Any
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -166,6 +166,47 @@ class Operator(abc.ABC):
         """A tensor with the dtype and the device of the operator's vectors."""
         own, common = self.tensors()
         return next(t for t in [*own, *common] if isinstance(t, Tensor) and t.is_floating_point())
+
+
+class Composed(Operator):
+    """An operator that is a dataclass of tensors ``[*batch, ...]`` and of other operators."""
+
+    _made_of: ClassVar[tuple[str, ...]]  # the fields that are one or the other
+
+    def tensors(self) -> tuple[Leaves, Leaves]:
+        """Those of every field, in order; a tensor is the operator's own."""
+        own: Leaves = []
+        common: Leaves = []
+        for name in self._made_of:
+            field = getattr(self, name)
+            more = field.tensors() if isinstance(field, Operator) else ([self._own(field)], [])
+            own, common = own + more[0], common + more[1]
+        return own, common
+
+    def _own(self, field: Any) -> Any:
+        """The tensor that a field stands for; ``None`` in a blank, to be filled by with_tensors."""
+        return field
+
+    def with_tensors(self, own: Leaves, common: Leaves) -> Operator:
+        """The same form over other tensors."""
+        return self._filled(own, common, lambda operator, *leaves: operator.with_tensors(*leaves))
+
+    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Operator:
+        """One more batch dimension in front."""
+        return self._filled(own, common, lambda o, *leaves: o.add_batch(*leaves, shared=shared))
+
+    def _filled(self, own: Leaves, common: Leaves, fill: Callable[..., Operator]) -> Operator:
+        """The same form; ``fill`` gives each operator that it is made of its share of the tensors."""
+        fields: dict[str, Any] = {}
+        for name in self._made_of:
+            field, is_last = getattr(self, name), name == self._made_of[-1]
+            if isinstance(field, Operator):
+                m, n = (len(own), len(common)) if is_last else map(len, field.tensors())
+                fields[name] = fill(field, own[:m], common[:n])
+                own, common = own[m:], common[n:]
+            else:
+                fields[name], *own = own
+        return replace(cast(Any, self), **fields)
 
 
 @dataclass(frozen=True, eq=False)

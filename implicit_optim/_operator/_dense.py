@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from implicit_optim._operator._base import Leaves, Operator, Vector
+from implicit_optim._operator._base import Composed, Vector
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Operator):
+class Dense(Composed):
     """An explicit matrix per task.
 
     Args:
@@ -26,6 +26,8 @@ class Dense(Operator):
         >>> iopt.Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).mv(torch.tensor([1.0, 0.0])).tolist()
         [2.0, 1.0]
     """
+
+    _made_of: ClassVar = ("matrix",)
 
     matrix: Any
     symmetric: bool = True
@@ -49,21 +51,9 @@ class Dense(Operator):
         """``A^T``."""
         return self if self.symmetric else replace(self, matrix=self.matrix.mT)
 
-    def tensors(self) -> tuple[Leaves, Leaves]:
-        """The matrix; nothing is shared."""
-        return [self.matrix], []
-
-    def with_tensors(self, own: Leaves, common: Leaves) -> Dense:
-        """The same form over another matrix."""
-        return replace(self, matrix=own[0])
-
-    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Dense:
-        """One more batch dimension in front."""
-        return replace(self, matrix=own[0])
-
 
 @dataclass(frozen=True, eq=False)
-class Diagonal(Operator):
+class Diagonal(Composed):
     """A diagonal matrix per task: ``A x = d * x``.
 
     Its inverse is known, so that it preconditions what it is added to: CG on
@@ -78,6 +68,8 @@ class Diagonal(Operator):
         >>> A.mv(torch.ones(2)).tolist(), A.precondition(torch.ones(2)).tolist()
         ([3.0, 5.0], [1.0, 0.3333333432674408])
     """
+
+    _made_of: ClassVar = ("entries",)
 
     entries: Any
 
@@ -94,15 +86,3 @@ class Diagonal(Operator):
         """``r / d``; r for a task in which an entry is not positive."""
         positive = (self.entries > 0).all(-1, keepdim=True)
         return r / torch.where(positive, self.entries, 1.0)
-
-    def tensors(self) -> tuple[Leaves, Leaves]:
-        """The entries; nothing is shared."""
-        return [self.entries], []
-
-    def with_tensors(self, own: Leaves, common: Leaves) -> Diagonal:
-        """The same form over other entries."""
-        return replace(self, entries=own[0])
-
-    def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Diagonal:
-        """One more batch dimension in front."""
-        return replace(self, entries=own[0])
