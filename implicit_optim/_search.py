@@ -6,16 +6,29 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit_optim._batch import none_left
-from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._vectors import dot
 
 Scalars = Float[Tensor, "*batch"]
+Vectors = Float[Tensor, "*batch n"]
+Along = Callable[[Scalars], Scalars]  # the objective along a line
+Found = tuple[Scalars, Bool[Tensor, "*batch"]]  # step lengths, and which tasks found one
+
+
+class Minimised(Protocol):
+    """What is minimised, as a function of ``phi [*batch, n]``: an inner problem, or a closure's loss."""
+
+    def values(self, phi: Vectors, /) -> Scalars:
+        """Its values, ``[*batch]``."""
+
+    def grad_and_value(self, phi: Vectors, /) -> tuple[Vectors, Scalars]:
+        """Gradients ``[*batch, n]`` and values."""
 
 
 class Line:
@@ -39,20 +52,15 @@ class Line:
 
     def __init__(
         self,
-        direction: Float[Tensor, "*batch n"],
-        values: Callable[[Scalars], Scalars],
-        grads_and_values: Callable[[Scalars], tuple[Float[Tensor, "*batch n"], Scalars]],
+        direction: Vectors,
+        values: Along,
+        grads_and_values: Callable[[Scalars], tuple[Vectors, Scalars]],
     ) -> None:
         self.direction, self._values, self._grads_and_values = direction, values, grads_and_values
         self._last: tuple[Scalars, Scalars, Tensor] | None = None
 
     @classmethod
-    def of(
-        cls,
-        problem: InnerProblem,
-        phi: Float[Tensor, "*batch n"],
-        direction: Float[Tensor, "*batch n"],
-    ) -> Line:
+    def of(cls, problem: Minimised, phi: Vectors, direction: Vectors) -> Line:
         """The line from phi along the direction."""
         point = lambda t: phi + t.unsqueeze(-1) * direction  # noqa: E731
         values = lambda t: problem.values(point(t))  # noqa: E731
@@ -68,7 +76,7 @@ class Line:
         self._last = (t, value, grad)
         return value, dot(grad, self.direction)
 
-    def known(self, t: Scalars) -> tuple[Scalars, Float[Tensor, "*batch n"]] | None:
+    def known(self, t: Scalars) -> tuple[Scalars, Vectors] | None:
         """Value and gradient at ``t``, if the last slopes were asked for at this very tensor."""
         if self._last is None or self._last[0] is not t:
             return None
@@ -91,9 +99,7 @@ class Search(abc.ABC):
     """
 
     @abc.abstractmethod
-    def search(
-        self, along: Line, value: Scalars, slope: Scalars
-    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+    def search(self, along: Line, value: Scalars, slope: Scalars) -> Found:
         """Find a step per task.
 
         Args:
@@ -126,9 +132,7 @@ class FixedStep(Search):
         if not 0 < self.lr < math.inf:
             raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
 
-    def search(
-        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
-    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+    def search(self, along: Along, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; evaluates nothing."""
         return torch.full_like(value, self.lr), torch.ones_like(value, dtype=torch.bool)
 
@@ -173,9 +177,7 @@ class Armijo(Search):
         if self.max_trials < 1:
             raise ValueError(f"Invalid max_trials: {self.max_trials}: it must be >= 1")
 
-    def search(
-        self, along: Callable[[Scalars], Scalars], value: Scalars, slope: Scalars
-    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+    def search(self, along: Along, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; one evaluation a trial."""
         t = torch.full_like(value, self.lr)
         found = torch.zeros_like(value, dtype=torch.bool)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from implicit_optim._batch import none_left
-from implicit_optim._search import Line, Scalars, Search
+from implicit_optim._search import Found, Line, Scalars, Search
 
 _GROW = 10.0  # most that a trial lies beyond the one before
 _MARGIN = 0.1  # least distance of a trial from the ends of the bracket, in brackets
@@ -78,9 +77,7 @@ class StrongWolfe(Search):
         if self.max_trials < 1:
             raise ValueError(f"Invalid max_trials: {self.max_trials}: it must be >= 1")
 
-    def search(
-        self, along: Line, value: Scalars, slope: Scalars
-    ) -> tuple[Scalars, Bool[Tensor, "*batch"]]:
+    def search(self, along: Line, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; one gradient a trial.
 
         Raises:

@@ -11,7 +11,8 @@ from implicit_optim._search import Armijo, Line, Search
 from implicit_optim._solution import Status
 from implicit_optim._solver._newton_cg import newton_direction
 from implicit_optim.optim._gd import check_tensor_lr
-from implicit_optim.optim._second_order import GradAndValue, Move, SecondOrder, Value
+from implicit_optim.optim._joint import Move, Trials
+from implicit_optim.optim._second_order import SecondOrder
 
 _CG = CG(max_steps=5)
 _ARMIJO = Armijo()
@@ -90,20 +91,14 @@ class NewtonCG(SecondOrder):
         self.linear_solver, self.line_search = linear_solver, line_search
         super().__init__(params, {"lr": lr, "damping": damping, "maximize": maximize}, curvature)
 
-    def _propose(
-        self, start: Tensor, at: Linearized, value: Value, grad_and_value: GradAndValue
-    ) -> tuple[Move, dict[str, float]]:
+    def _propose(self, start: Tensor, at: Linearized, trials: Trials) -> Move:
         """Along Newton's direction, as far as the line search says."""
         assert at.gradient is not None and at.value is not None
         lr = self.param_groups[0]["lr"]
         direction, slope, status = newton_direction(at, at.gradient, self.linear_solver)
         direction, slope = lr * direction, lr * slope
-        line = Line(
-            direction,
-            lambda t: value(start + t * direction),
-            lambda t: grad_and_value(start + t * direction),
-        )
+        line = Line.of(trials, start, direction)
         t, found = self.line_search.search(line, at.value, slope)
         if not found:
-            return Move(None, 0.0, Status.LINE_SEARCH), {}
-        return Move(start + t * direction, float(lr * t), Status(int(status))), {}
+            return Move(None, 0.0, Status.LINE_SEARCH)
+        return Move(start + t * direction, float(lr * t), Status(int(status)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from implicit_optim._solver._base import check_search
 from implicit_optim._solver._nonlinear_cg import conjugate_direction, first_length
 from implicit_optim._strong_wolfe import StrongWolfe
 from implicit_optim.optim._gd import check_tensor_lr
-from implicit_optim.optim._joint import Closure, Joint, write
+from implicit_optim.optim._joint import Closure, Joint, Move, Trials, scalar, write
 
 _WOLFE = StrongWolfe(c2=0.1)
 
@@ -69,6 +69,7 @@ class NonlinearCG(Joint):
     """
 
     _settings = ("line_search",)
+    _forgotten = ("grad", "direction", "decrease")
 
     def __init__(
         self,
@@ -103,64 +104,43 @@ class NonlinearCG(Joint):
                 "NonlinearCG needs a closure that calls backward() and returns the loss: "
                 "opt.step(closure)"
             )
-        group = self.param_groups[0]
         params, layout = self._parameters()
-        grad, value = self._evaluate(closure, params, layout)
-        grad_norm = float(torch.linalg.vector_norm(grad))
-        left: dict[str, Tensor] = {}
-        length, status = 0.0, Status.NONFINITE
-        if math.isfinite(grad_norm) and bool(value.isfinite()):
-            length, status, left = self._search(closure, params, layout, grad, value)
-        state = self._tell(grad_norm, length, status)
-        for name in ("grad", "direction", "decrease"):
-            state.pop(name, None)
-        state.update(left)
-        return -value if group["maximize"] else value
 
-    def _search(
-        self, closure: Closure, params: list[Tensor], layout: Layout, grad: Tensor, value: Tensor
-    ) -> tuple[float, Status, dict[str, Tensor]]:
-        """Move the parameters; the step length, how it went, and what the next step needs."""
-        state, lr = self.state[self.param_groups[0]["params"][0]], self.param_groups[0]["lr"]
+        def grad_and_value(flat: Tensor) -> tuple[Tensor, Tensor]:
+            write(params, layout, flat)
+            return self._evaluate(closure, params, layout)
+
+        grad, value = self._evaluate(closure, params, layout)
+        trials = Trials(lambda flat: grad_and_value(flat)[1], grad_and_value)
+        propose = partial(self._propose, grad=grad, value=value, trials=trials)
+        return self._move(params, layout, grad, value, propose)
+
+    def _propose(self, start: Tensor, grad: Tensor, value: Tensor, trials: Trials) -> Move:
+        """Along the conjugate direction, as far as the line search says."""
+        state, lr = self._told(), self.param_groups[0]["lr"]
         zero = torch.zeros_like(grad)
         last_grad, last_direction = state.get("grad", zero), state.get("direction", zero)
         if last_grad.shape != grad.shape:  # a parameter was frozen or thawed meanwhile
             last_grad = last_direction = zero
         direction, slope = conjugate_direction(grad, last_grad, last_direction)
         scale = lr * first_length(grad, slope, state.get("decrease", torch.zeros_like(slope)))
-        scaled, start = scale * direction, layout.ravel(params).clone()
-        end = start
-
-        def grad_and_value(t: Tensor) -> tuple[Tensor, Tensor]:
-            write(params, layout, start + t * scaled)
-            return self._evaluate(closure, params, layout)
-
-        try:
-            line = Line(scaled, lambda t: grad_and_value(t)[1], grad_and_value)
-            t, found = self.line_search.search(line, value, scale * slope)
-            proposal = start + t * scaled
-            if not found:
-                return 0.0, Status.LINE_SEARCH, {}
-            if not proposal.isfinite().all():
-                return 0.0, Status.NONFINITE, {}
-            end, length = proposal, t * scale
-            left = {"grad": grad, "direction": direction, "decrease": length * slope}
-            return float(length), Status.SUCCESS, left
-        finally:  # also where the closure raises: the parameters never stay at a trial point
-            write(params, layout, end)
+        line = Line.of(trials, start, scale * direction)
+        t, found = self.line_search.search(line, value, scale * slope)
+        if not found:
+            return Move(None, 0.0, Status.LINE_SEARCH)
+        length = t * scale
+        memory = {"grad": grad, "direction": direction, "decrease": length * slope}
+        return Move(start + t * line.direction, float(length), Status.SUCCESS, memory)
 
     def _evaluate(
         self, closure: Closure, params: list[Tensor], layout: Layout
     ) -> tuple[Tensor, Tensor]:
         """Gradient and value of what is minimised, from one call of the closure."""
         with torch.enable_grad():
-            loss = closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-            raise TypeError(f"the closure must return the loss, a scalar tensor, got {got}")
+            loss = scalar(closure())
         if all(p.grad is None for p in params):
             raise RuntimeError("the closure left no gradients: call loss.backward() in it")
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        grad, value = layout.ravel([g.to_dense() for g in pieces]), loss.detach().reshape(())
+        grad, value = layout.ravel([g.to_dense() for g in pieces]), loss.detach()
         grad = grad.clone() if len(pieces) == 1 else grad  # a view of what the next call clears
         return (-grad, -value) if self.param_groups[0]["maximize"] else (grad, value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,20 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from implicit_optim._flat import Layout
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
-from implicit_optim._solution import Status
 from implicit_optim.optim._curvature import Tensors, gauss_newton, gradient, hessian
-from implicit_optim.optim._joint import Closure, Joint, write
-
-Value = Callable[[Tensor], Tensor]
-GradAndValue = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class Move(NamedTuple):
-    """What a rule proposes: where to go (``None``: stay), how far that is, and how it went."""
-
-    end: Tensor | None
-    length: float
-    status: Status
+from implicit_optim.optim._joint import Closure, Joint, Move, Trials, scalar, write
 
 
 class SecondOrder(Joint, abc.ABC):
@@ -72,19 +60,25 @@ class SecondOrder(Joint, abc.ABC):
         name = type(self).__name__
         if closure is None:
             raise RuntimeError(f"{name} needs a closure that returns the loss: opt.step(closure)")
-        group = self.param_groups[0]
         params, layout = self._parameters()
         held = [p.grad for p in params]
         for p in params:
             p.grad = None
-        length, status = 0.0, Status.NONFINITE
-        more: dict[str, float] = {}
+
+        def values(flat: Tensor) -> Tensor:
+            write(params, layout, flat)
+            return self._read(closure())[0]
+
+        def grad_and_value(flat: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                loss = values(flat)
+            return gradient(loss, params, layout), loss.detach()
+
         try:
             at = self._linearize(closure, params, layout)
             assert at.gradient is not None and at.value is not None
-            grad_norm = float(torch.linalg.vector_norm(at.gradient))
-            if math.isfinite(grad_norm) and bool(at.value.isfinite()):
-                length, status, more = self._move(closure, params, layout, at)
+            propose = partial(self._propose, at=at, trials=Trials(values, grad_and_value))
+            return self._move(params, layout, at.gradient, at.value, propose)
         except RuntimeError as error:
             if "second time" in str(error) or "not have a grad_fn" in str(error):
                 raise RuntimeError(_BACKWARD.format(name)) from error
@@ -93,23 +87,14 @@ class SecondOrder(Joint, abc.ABC):
             for p, grad in zip(params, held, strict=True):
                 p.grad = grad
 
-        self._tell(grad_norm, length, status).update(more)
-        return -at.value if group["maximize"] else at.value
-
     @abc.abstractmethod
-    def _propose(
-        self, start: Tensor, at: Linearized, value: Value, grad_and_value: GradAndValue
-    ) -> tuple[Move, dict[str, float]]:
+    def _propose(self, start: Tensor, at: Linearized, trials: Trials) -> Move:
         """The rule.
 
         Args:
             start: the parameters, flat.
             at: curvature, gradient and value there, all finite but perhaps the curvature.
-            value: what is minimised, of flat parameters.
-            grad_and_value: its gradient too.
-
-        Returns:
-            The move, and what else goes into the state.
+            trials: what is minimised, of flat parameters.
         """
 
     def _linearize(self, closure: Closure, params: Tensors, layout: Layout) -> Linearized:
@@ -126,34 +111,6 @@ class SecondOrder(Joint, abc.ABC):
         mv = product if damping == 0 else lambda x: product(x) + damping * x
         return Linearized(mv, lambda r: r, slope.detach(), loss.detach())
 
-    def _move(
-        self, closure: Closure, params: Tensors, layout: Layout, at: Linearized
-    ) -> tuple[float, Status, dict[str, float]]:
-        """Move the parameters to where the rule says, if that is finite."""
-        start = layout.ravel(params).clone()
-        end = start
-
-        def value(flat: Tensor) -> Tensor:
-            write(params, layout, flat)
-            return self._read(closure())[0]
-
-        def grad_and_value(flat: Tensor) -> tuple[Tensor, Tensor]:
-            write(params, layout, flat)
-            with torch.enable_grad():
-                loss = self._read(closure())[0]
-            return gradient(loss, params, layout), loss.detach()
-
-        try:
-            move, more = self._propose(start, at, value, grad_and_value)
-            if move.end is None:
-                return 0.0, move.status, more
-            if not move.end.isfinite().all():
-                return 0.0, Status.NONFINITE, more
-            end = move.end
-            return move.length, move.status, more
-        finally:  # also where the closure raises: the parameters never stay at a trial point
-            write(params, layout, end)
-
     def _read(self, result: Any) -> tuple[Tensor, Tensor | None]:
         """What is minimised, 0-d, and the output, from what the closure returned."""
         loss, output = result, None
@@ -161,10 +118,7 @@ class SecondOrder(Joint, abc.ABC):
             if not (isinstance(result, tuple) and len(result) == 2 and torch.is_tensor(result[1])):
                 raise TypeError("for GaussNewton the closure must return (loss, output), tensors")
             loss, output = result
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-            raise TypeError(f"the closure must return the loss, a scalar tensor, got {got}")
-        loss = loss.reshape(())
+        loss = scalar(loss)
         return -loss if self.param_groups[0]["maximize"] else loss, output
 
 

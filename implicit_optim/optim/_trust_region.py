@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._solution import Status
 from implicit_optim._solver._trust_region import check_trust_region, trust_region_update
-from implicit_optim.optim._second_order import GradAndValue, Move, SecondOrder, Value
+from implicit_optim.optim._joint import Move, Trials
+from implicit_optim.optim._second_order import SecondOrder
 
 
 class TrustRegion(SecondOrder):
@@ -80,16 +81,14 @@ class TrustRegion(SecondOrder):
         defaults |= {"cg_steps": cg_steps, "damping": damping, "maximize": maximize}
         super().__init__(params, defaults, curvature)
 
-    def _propose(
-        self, start: Tensor, at: Linearized, value: Value, grad_and_value: GradAndValue
-    ) -> tuple[Move, dict[str, float]]:
+    def _propose(self, start: Tensor, at: Linearized, trials: Trials) -> Move:
         """The rule of [`trust_region`][implicit_optim.trust_region]."""
         group = self.param_groups[0]
         radius = start.new_tensor(self._told().get("radius", group["radius"]))
         settings = {name: group[name] for name in ("max_radius", "eta", "cg_steps")}
-        end, after, found = trust_region_update(start, radius, at, value, **settings)
+        end, after, found = trust_region_update(start, radius, at, trials.values, **settings)
         if not end.isfinite().all():  # the curvature is not finite, and the radius means nothing
-            return Move(None, 0.0, Status.NONFINITE), {"radius": float(radius)}
+            return Move(None, 0.0, Status.NONFINITE, {"radius": float(radius)})
         status = Status.SUCCESS if found else Status.LINE_SEARCH
         length = float(torch.linalg.vector_norm(end - start))
-        return Move(end, length, status), {"radius": float(after)}
+        return Move(end, length, status, {"radius": float(after)})
