@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit_optim._batch import none_left
+from implicit_optim._checks import Settings
 from implicit_optim._vectors import dot
 
 Scalars = Float[Tensor, "*batch"]
@@ -83,7 +83,7 @@ class Line:
         return self._last[1:]
 
 
-class Search(abc.ABC):
+class Search(Settings, abc.ABC):
     """Chooses the step length t of ``phi + t d``.
 
     Examples:
@@ -126,11 +126,9 @@ class FixedStep(Search):
         [0.5, 0.5]
     """
 
-    lr: float = 1.0
+    _must: ClassVar = {"lr": "be finite and > 0"}
 
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
+    lr: float = 1.0
 
     def search(self, along: Along, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; evaluates nothing."""
@@ -162,20 +160,17 @@ class Armijo(Search):
     Source: Armijo 1966; Nocedal & Wright 2006, algorithm 3.1.
     """
 
+    _must: ClassVar = {
+        "lr": "be finite and > 0",
+        "c1": "lie in (0, 1)",
+        "shrink": "lie in (0, 1)",
+        "max_trials": "be >= 1",
+    }
+
     lr: float = 1.0
     c1: float = 1e-4
     shrink: float = 0.5
     max_trials: int = 10
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
-        if not 0 < self.c1 < 1:
-            raise ValueError(f"Invalid c1: {self.c1}: it must lie in (0, 1)")
-        if not 0 < self.shrink < 1:
-            raise ValueError(f"Invalid shrink: {self.shrink}: it must lie in (0, 1)")
-        if self.max_trials < 1:
-            raise ValueError(f"Invalid max_trials: {self.max_trials}: it must be >= 1")
 
     def search(self, along: Along, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; one evaluation a trial."""

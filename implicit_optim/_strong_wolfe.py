@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,20 +62,19 @@ class StrongWolfe(Search):
     Source: Nocedal & Wright 2006, algorithms 3.5 and 3.6, equation 3.59.
     """
 
+    _must: ClassVar = {"lr": "be finite and > 0", "max_trials": "be >= 1"}
+
     lr: float = 1.0
     c1: float = 1e-4
     c2: float = 0.9
     max_trials: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Invalid lr: {self.lr}: it must be finite and > 0")
+        super().__post_init__()
         if not 0 < self.c1 < self.c2 < 1:
             raise ValueError(
                 f"Invalid c1, c2: {self.c1}, {self.c2}: they must satisfy 0 < c1 < c2 < 1"
             )
-        if self.max_trials < 1:
-            raise ValueError(f"Invalid max_trials: {self.max_trials}: it must be >= 1")
 
     def search(self, along: Line, value: Scalars, slope: Scalars) -> Found:
         """See [`Search.search`][implicit_optim.Search.search]; one gradient a trial.

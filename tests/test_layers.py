@@ -22,6 +22,7 @@ LAYERS = {
     "_ambient": 0,
     "_autograd": 0,
     "_batch": 0,
+    "_checks": 0,
     "_derivative": 0,
     "_flat": 0,
     "_module": 0,

@@ -51,13 +51,14 @@ class Auto(LinearSolver):
     stats_names: ClassVar = ("residual_norm", "rhs_norm", "choice")
     names: ClassVar = ("Cholesky", "QR", "CG", "MINRES", "GMRES")
 
+    _must: ClassVar = {"max_dense": "be >= 0"}
+
     rtol: float | None = None
     max_dense: int = 100
     _cg: CG = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_dense < 0:
-            raise ValueError(f"Invalid max_dense: {self.max_dense}: it must be >= 0")
+        super().__post_init__()
         object.__setattr__(self, "_cg", CG(rtol=self.rtol))  # checks rtol
 
     @torch.no_grad()

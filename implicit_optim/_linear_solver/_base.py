@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._batch import surely_none, where
+from implicit_optim._checks import Settings
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status
 from implicit_optim._vectors import norm, power_of_two
 
 
-class LinearSolver(abc.ABC):
+class LinearSolver(Settings, abc.ABC):
     """Solves ``A x = b`` for every task of a batch at once.
 
     A subclass is a frozen dataclass of settings. Its ``solve`` is batch-native: masks per task, no
@@ -63,20 +64,17 @@ class Iterative(LinearSolver):
 
     stats_names: ClassVar[tuple[str, ...]] = ("steps", "residual_norm", "rhs_norm")
 
+    _must: ClassVar = {
+        "max_steps": "be >= 0",
+        "rtol": "lie in [0, 1)",
+        "atol": "be finite and >= 0",
+        "check_every": "be >= 1",
+    }
+
     max_steps: int | None = None
     rtol: float | None = None
     atol: float = 0.0
     check_every: int = 1
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
-        if self.rtol is not None and not 0 <= self.rtol < 1:
-            raise ValueError(f"Invalid rtol: {self.rtol}: it must lie in [0, 1)")
-        if not 0 <= self.atol < math.inf:
-            raise ValueError(f"Invalid atol: {self.atol}: it must be finite and >= 0")
-        if self.check_every < 1:
-            raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
 
     def limits(self, b: Tensor) -> tuple[int, float, bool]:
         """Most steps, relative tolerance, and whether just these steps are asked for."""

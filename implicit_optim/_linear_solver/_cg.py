@@ -65,12 +65,9 @@ class CG(Iterative):
     stats_names: ClassVar = ("steps", "residual_norm", "rhs_norm", "lanczos")
     needs_symmetry: ClassVar = True
 
-    min_curvature: float | None = None
+    _must: ClassVar = {**Iterative._must, "min_curvature": "lie in [0, 1)"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_curvature is not None and not 0 <= self.min_curvature < 1:
-            raise ValueError(f"Invalid min_curvature: {self.min_curvature}: it must lie in [0, 1)")
+    min_curvature: float | None = None
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:

@@ -22,11 +22,9 @@ class _Direct(LinearSolver):
 
     stats_names: ClassVar = ("residual_norm", "rhs_norm")
 
-    max_n: int = 2048
+    _must: ClassVar = {"max_n": "be >= 1"}
 
-    def __post_init__(self) -> None:
-        if self.max_n < 1:
-            raise ValueError(f"Invalid max_n: {self.max_n}: it must be >= 1")
+    max_n: int = 2048
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:

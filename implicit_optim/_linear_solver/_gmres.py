@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -50,12 +51,9 @@ class GMRES(Iterative):
     Source: Saad & Schultz 1986; Saad 2003, sections 6.5 and 9.3.2.
     """
 
-    restart: int = 50
+    _must: ClassVar = {**Iterative._must, "restart": "be >= 1"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.restart < 1:
-            raise ValueError(f"Invalid restart: {self.restart}: it must be >= 1")
+    restart: int = 50
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -56,12 +57,9 @@ class Neumann(Iterative):
     differentiation", algorithm 3.
     """
 
-    step: float | None = None
+    _must: ClassVar = {**Iterative._must, "step": "be finite and > 0"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.step is not None and not 0 < self.step < float("inf"):
-            raise ValueError(f"Invalid step: {self.step}: it must be finite and > 0")
+    step: float | None = None
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:

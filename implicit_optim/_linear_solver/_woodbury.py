@@ -53,11 +53,9 @@ class Woodbury(LinearSolver):
     stats_names: ClassVar = ("residual_norm", "rhs_norm")
     needs_symmetry: ClassVar = True
 
-    max_m: int = 2048
+    _must: ClassVar = {"max_m": "be >= 1"}
 
-    def __post_init__(self) -> None:
-        if self.max_m < 1:
-            raise ValueError(f"Invalid max_m: {self.max_m}: it must be >= 1")
+    max_m: int = 2048
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:

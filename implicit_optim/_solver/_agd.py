@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicit_optim._checks import check
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
+from implicit_optim._solver._base import Evaluation, Solver, State, Step, check_lr
 from implicit_optim._solver._gd import gd_update
 
 
@@ -66,8 +67,7 @@ def resolve_agd(
         raise ValueError("give lr (and momentum), or strong_convexity and smoothness")
     check_lr(lr)
     momentum = 0.9 if momentum is None else momentum
-    if not 0 <= momentum < 1:
-        raise ValueError(f"Invalid momentum: {momentum}: it must lie in [0, 1)")
+    check("momentum", momentum, "lie in [0, 1)")
     return lr, momentum
 
 
@@ -127,9 +127,7 @@ class agd(Solver):
         """The last x; at the start x = y."""
         return (phi,)
 
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, None]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One accelerated step."""
         lr, momentum = self.constants
         y, x = agd_update(phi, state[0], at.grad, lr, momentum)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import abc
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit_optim._checks import Settings, check
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._operator import Linearized, Operator
+from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Line, Search
 
 
@@ -41,10 +41,11 @@ class Evaluation(NamedTuple):
 
 
 State = tuple[Any, ...]
+Step = tuple[Float[Tensor, "*batch n"], State, Bool[Tensor, "*batch"] | None]
 
 
 @dataclass(frozen=True)
-class Solver(abc.ABC):
+class Solver(Settings, abc.ABC):
     """An inner solver's settings and its update rule; the loop is in ``minimize``.
 
     Attributes:
@@ -76,17 +77,15 @@ class Solver(abc.ABC):
     carries_nonfinite: ClassVar[bool] = False
     proximal: ClassVar[bool] = False
 
+    _must: ClassVar = {
+        "max_steps": "be >= 0",
+        "tol": "be finite and >= 0",
+        "check_every": "be >= 1",
+    }
+
     max_steps: int
     tol: float
     check_every: int = field(default=1, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.max_steps < 0:
-            raise ValueError(f"Invalid max_steps: {self.max_steps}: it must be >= 0")
-        if not 0 <= self.tol < math.inf:
-            raise ValueError(f"Invalid tol: {self.tol}: it must be finite and >= 0")
-        if self.check_every < 1:
-            raise ValueError(f"Invalid check_every: {self.check_every}: it must be >= 1")
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """Value and gradient at phi, and whatever else the rule wants from the same pass."""
@@ -104,9 +103,7 @@ class Solver(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"] | None]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One step for every task.
 
         Args:
@@ -149,16 +146,38 @@ def check_search(line_search: Search) -> None:
         raise TypeError(f"line_search must be StrongWolfe(...) or Armijo(...), got {line_search!r}")
 
 
-def linearized(operator: Operator) -> Evaluation:
-    """The curvature linearised; value and gradient come from the same pass."""
-    at = operator.linearize()
-    assert at.value is not None and at.gradient is not None
-    return Evaluation(at.value, at.gradient, at)
+class Searching(Solver):
+    """A rule along whose directions a search looks; its state ends in what the search found out."""
+
+    differentiable: ClassVar[bool] = False
+
+    line_search: Search
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_search(self.line_search)
+
+    def known(self, state: State) -> Evaluation | None:
+        """The evaluation of the search's last trial."""
+        return state[-1]
+
+
+class SecondOrder(Solver):
+    """A rule that looks at the curvature."""
+
+    differentiable: ClassVar[bool] = False
+
+    curvature: type[Hessian] | type[GaussNewton]
+
+    def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
+        """Linearise the curvature; value and gradient come from the same pass."""
+        at = self.curvature(problem, phi).linearize()
+        assert at.value is not None and at.gradient is not None
+        return Evaluation(at.value, at.gradient, at)
 
 
 def check_lr(lr: float | Tensor) -> None:
     """Raise if a learning rate is not a finite number > 0."""
     if isinstance(lr, Tensor) and lr.ndim > 0:
         raise ValueError(f"Invalid lr: it must be a number or a 0-d tensor, got {tuple(lr.shape)}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"Invalid lr: {lr}: it must be finite and > 0")
+    check("lr", lr, "be finite and > 0")

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from implicit_optim._batch import is_batched
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._solver._base import Evaluation, Solver, State
+from implicit_optim._solver._base import Evaluation, Solver, State, Step
 
 _ELEMENTWISE = (
     torch.optim.SGD,
@@ -61,9 +61,7 @@ class _FromTorch(Solver):
             tasks.append((self.optimizer(parameters, **self.settings), parameters, closure))
         return (tasks,)
 
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, None]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One ``optimizer.step``; a closure is there for those that want one."""
         if self.elementwise:
             optimizer, (parameter,) = state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
+from implicit_optim._solver._base import Evaluation, Solver, State, Step, check_lr
 
 
 def gd_update(phi: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
@@ -58,8 +58,6 @@ class gd(Solver):
         super().__post_init__()
         check_lr(self.lr)
 
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, None]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One gradient step."""
         return gd_update(phi, at.grad, self.lr), state, None

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._batch import where
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._search import Search
-from implicit_optim._solver._base import Evaluation, Solver, State, check_search, move
+from implicit_optim._solver._base import Evaluation, Searching, State, Step, move
 from implicit_optim._solver._nonlinear_cg import shortened
 from implicit_optim._strong_wolfe import StrongWolfe
 from implicit_optim._vectors import dot
@@ -70,7 +70,7 @@ class History(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class lbfgs(Solver):
+class lbfgs(Searching):
     """Limited-memory BFGS.
 
     ``phi <- phi - t H grad F`` with t from the search; H is the BFGS approximation of the inverse
@@ -104,31 +104,18 @@ class lbfgs(Solver):
     Source: Liu & Nocedal 1989; Nocedal & Wright 2006, algorithms 7.4 and 7.5, equation 7.20.
     """
 
-    differentiable: ClassVar[bool] = False
+    _must: ClassVar = {**Searching._must, "memory": "be >= 1"}
 
     memory: int = 10
     line_search: Search = field(default_factory=StrongWolfe)
     max_steps: int = 100
     tol: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"Invalid memory: {self.memory}: it must be >= 1")
-        check_search(self.line_search)
-
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
         """Last iterate and gradient (none), the history, steps so far, and what is known."""
         return None, History.empty(phi, self.memory), 0, None
 
-    def known(self, state: State) -> Evaluation | None:
-        """The evaluation of the search's last trial."""
-        known: Evaluation | None = state[-1]
-        return known
-
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One quasi-Newton direction and one search along it."""
         last, history, count, _ = state
         if last is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._search import Armijo, Search
-from implicit_optim._solver._base import Evaluation, Solver, State, linearized, move
+from implicit_optim._solver._base import Evaluation, SecondOrder, State, Step, move
 from implicit_optim._vectors import dot
 
 
@@ -46,7 +45,7 @@ def newton_direction(
 
 
 @dataclass(frozen=True, kw_only=True)
-class newton_cg(Solver):
+class newton_cg(SecondOrder):
     """Newton's method with directions from conjugate gradients and a line search.
 
     ``d = -A^-1 grad F`` by a few CG steps, ``phi <- phi + t d`` with t from the search. Each task has
@@ -79,21 +78,13 @@ class newton_cg(Solver):
     5 CG steps a direction, line search, 3 repeats).
     """
 
-    differentiable: ClassVar[bool] = False
-
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_steps=5))
     line_search: Search = field(default_factory=Armijo)
     curvature: type[Hessian] | type[GaussNewton] = Hessian
     max_steps: int = 20
     tol: float = 0.0
 
-    def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
-        """Linearise the curvature; value and gradient come from the same pass."""
-        return linearized(self.curvature(problem, phi))
-
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One Newton step."""
         assert at.operator is not None
         direction, slope, _ = newton_direction(at.operator, at.grad, self.linear_solver)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._search import Search
-from implicit_optim._solver._base import Evaluation, Solver, State, check_search, move
+from implicit_optim._solver._base import Evaluation, Searching, State, Step, move
 from implicit_optim._strong_wolfe import StrongWolfe
 from implicit_optim._vectors import dot, norm
 
@@ -56,7 +55,7 @@ def shortened(grad: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class nonlinear_cg(Solver):
+class nonlinear_cg(Searching):
     """Nonlinear conjugate gradients of Polak and Ribiere, with restarts (PR+).
 
     ``d = -grad F + beta d_last``, ``phi <- phi + t d`` with t from the search,
@@ -88,28 +87,15 @@ class nonlinear_cg(Solver):
     Source: Polak & Ribiere 1969; Nocedal & Wright 2006, algorithm 5.4, equations 5.45 and 3.60.
     """
 
-    differentiable: ClassVar[bool] = False
-
     line_search: Search = field(default_factory=lambda: StrongWolfe(c2=0.1))
     max_steps: int = 100
     tol: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_search(self.line_search)
 
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
         """Last gradient, last direction, the decrease that it promised, and what is known."""
         return torch.zeros_like(phi), torch.zeros_like(phi), phi.new_zeros(phi.shape[:-1]), None
 
-    def known(self, state: State) -> Evaluation | None:
-        """The evaluation of the search's last trial."""
-        known: Evaluation | None = state[-1]
-        return known
-
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One conjugate direction and one search along it."""
         last_grad, last_direction, decrease, _ = state
         direction, slope = conjugate_direction(at.grad, last_grad, last_direction)

@@ -11,7 +11,7 @@ from torch import Tensor
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import smooth, soft_threshold, strengths
 from implicit_optim._solver._agd import look_ahead
-from implicit_optim._solver._base import Evaluation, Solver, State, check_lr
+from implicit_optim._solver._base import Evaluation, Solver, State, Step, check_lr
 from implicit_optim._solver._gd import gd_update
 from implicit_optim._vectors import dot
 
@@ -84,9 +84,7 @@ class proximal_gradient(Solver):
         """Accelerated: the last proximal point, and Nesterov's t of each task."""
         return (phi, phi.new_ones(phi.shape[:-1])) if self.accelerated else ()
 
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, None]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """To the proximal point; accelerated, beyond it."""
         point = at.point
         assert point is not None

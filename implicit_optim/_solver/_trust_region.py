@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit_optim._checks import check
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import steihaug
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
-from implicit_optim._solver._base import Evaluation, Solver, State, linearized
+from implicit_optim._solver._base import Evaluation, SecondOrder, State, Step
 from implicit_optim._vectors import norm
 
 
@@ -69,18 +68,16 @@ def check_trust_region(
     radius: float, max_radius: float, eta: float, cg_steps: int | None = None
 ) -> None:
     """Raise if a setting of a trust region is out of range."""
-    if not 0 < max_radius < math.inf:
-        raise ValueError(f"Invalid max_radius: {max_radius}: it must be finite and > 0")
+    check("max_radius", max_radius, "be finite and > 0")
     if not 0 < radius <= max_radius:
         raise ValueError(f"Invalid radius: {radius}: it must lie in (0, max_radius = {max_radius}]")
-    if not 0 <= eta < 0.25:
-        raise ValueError(f"Invalid eta: {eta}: it must lie in [0, 1/4)")
-    if cg_steps is not None and cg_steps < 1:
-        raise ValueError(f"Invalid cg_steps: {cg_steps}: it must be >= 1")
+    check("eta", eta, "lie in [0, 1/4)")
+    if cg_steps is not None:
+        check("cg_steps", cg_steps, "be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class trust_region(Solver):
+class trust_region(SecondOrder):
     """Newton's method in a trust region, for objectives whose Hessian is indefinite.
 
     Each step lowers the model ``grad F . p + p.Ap / 2`` in the ball ``||p|| <= radius`` by Steihaug's
@@ -122,8 +119,6 @@ class trust_region(Solver):
     Gould & Toint 2000, section 17.4.2.
     """
 
-    differentiable: ClassVar[bool] = False
-
     radius: float = 1.0
     max_radius: float = 1000.0
     eta: float = 0.15
@@ -136,17 +131,11 @@ class trust_region(Solver):
         super().__post_init__()
         check_trust_region(self.radius, self.max_radius, self.eta, self.cg_steps)
 
-    def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
-        """Linearise the curvature; value and gradient come from the same pass."""
-        return linearized(self.curvature(problem, phi))
-
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
         """The radius of each task ``[*batch]``."""
         return (phi.new_full(phi.shape[:-1], self.radius),)
 
-    def step(
-        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State
-    ) -> tuple[Tensor, State, Bool[Tensor, "*batch"]]:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One step, taken or not."""
         assert at.operator is not None
         proposal, radius, found = trust_region_update(

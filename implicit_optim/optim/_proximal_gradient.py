@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from implicit_optim._checks import check
 from implicit_optim._solver._proximal_gradient import proximal_update
 from implicit_optim.optim._gd import FirstOrder, check_tensor_lr, descend_all
 
@@ -60,8 +60,7 @@ class ProximalGradient(FirstOrder):
 
     def _check(self, group: dict[str, Any]) -> None:
         check_tensor_lr(group["lr"])
-        if not 0 <= group["l1"] < math.inf:
-            raise ValueError(f"Invalid l1: {group['l1']}: it must be finite and >= 0")
+        check("l1", group["l1"], "be finite and >= 0")
 
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         param.copy_(proximal_update(param, grad, group["lr"], group["l1"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from implicit_optim._checks import check
 from implicit_optim._flat import Layout
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim.optim._curvature import Tensors, gauss_newton, gradient, hessian
@@ -30,9 +30,7 @@ class SecondOrder(Joint, abc.ABC):
     ) -> None:
         if curvature not in (Hessian, GaussNewton):
             raise TypeError(f"curvature must be Hessian or GaussNewton, got {curvature!r}")
-        damping = defaults["damping"]
-        if not 0 <= damping < math.inf:
-            raise ValueError(f"Invalid damping: {damping}: it must be finite and >= 0")
+        check("damping", defaults["damping"], "be finite and >= 0")
         self.curvature = curvature
         super().__init__(params, defaults)
 
