@@ -132,6 +132,14 @@ class Solution(NamedTuple):
         return ", ".join([text, *failed])
 
 
+def status_of(*outcomes: tuple[Tensor, Status]) -> Int8[Tensor, "*batch"]:
+    """The status of every task: the last outcome whose mask holds it, ``SUCCESS`` where none does."""
+    status = torch.zeros_like(outcomes[0][0], dtype=torch.int8)
+    for mask, outcome in outcomes:
+        status = torch.where(mask, outcome.value, status)
+    return status
+
+
 OnSolve = Callable[[str, Solution], None]
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left, where
-from implicit_optim._linear_solver._base import LinearSolver
+from implicit_optim._batch import none_left
+from implicit_optim._linear_solver._base import LinearSolver, safeguarded
 from implicit_optim._linear_solver._cg import CG
 from implicit_optim._linear_solver._direct import QR, Cholesky, dense
 from implicit_optim._linear_solver._gmres import GMRES
 from implicit_optim._linear_solver._minres import MINRES
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,28 @@ class Auto(LinearSolver):
             ``stats``: ``residual_norm = ||b - A x||``, ``rhs_norm`` and ``choice``, the place of what
             was chosen in ``Auto.names`` (int8); ``Auto.chosen(solution)`` counts them.
         """
-        (name, first), *others = self._candidates(operator, b).items()
-        value, status, stats = first()
-        choice = torch.full_like(status, self.names.index(name))
-        residual = stats["residual_norm"]
-        for name, other in others:
-            indefinite = status == Status.NEGATIVE_CURVATURE.value
-            if none_left(indefinite):
-                break
-            second = other()
-            value = where(indefinite, second.value, value)
-            status = torch.where(indefinite, second.status, status)
-            residual = torch.where(indefinite, second.stats["residual_norm"], residual)
-            place = self.names.index(name)
-            choice = torch.where(indefinite, place, choice).to(torch.int8)
-        numbers = (residual, stats["rhs_norm"], choice)
-        return Solution(value, status, dict(zip(self.stats_names, numbers, strict=True)))
+        first, *others = self._candidates(operator, b)
+        solution = first()
+        for other in others:  # it takes the tasks that are not positive definite
+            solution = safeguarded(solution, other, none=none_left)
+        stats = {name: solution.stats[name] for name in self.stats_names}
+        return solution._replace(stats=stats)
 
-    def _candidates(self, operator: Linearized, b: Tensor) -> dict[str, Callable[[], Solution]]:
-        """What may solve it: the next one takes the tasks that are not positive definite."""
+    def _candidates(self, operator: Linearized, b: Tensor) -> list[Callable[[], Solution]]:
+        """What may solve it, in the order in which it is tried."""
         if b.shape[-1] > self.max_dense:
             iterative = (self._cg, MINRES(rtol=self.rtol))
             solvers = iterative if operator.symmetric else (GMRES(rtol=self.rtol),)
-            return {type(s).__name__: partial(s.solve, operator, b) for s in solvers}
+            return [partial(self._marked, s, s.solve, operator, b) for s in solvers]
         matrix = dense(operator, b, self.max_dense)
         direct = (Cholesky(), QR()) if operator.symmetric else (QR(),)
-        return {type(s).__name__: partial(s.on_matrix, matrix, b) for s in direct}
+        return [partial(self._marked, s, s.on_matrix, matrix, b) for s in direct]
+
+    def _marked(self, solver: LinearSolver, solve: Callable[..., Solution], *args: Any) -> Solution:
+        """A solution with the place of its solver in ``names``."""
+        value, status, stats = solve(*args)
+        choice = torch.full_like(status, self.names.index(type(solver).__name__))
+        return self._solution(value, status, stats["residual_norm"], stats["rhs_norm"], choice)
 
     @classmethod
     def chosen(cls, solution: Solution) -> dict[str, int]:

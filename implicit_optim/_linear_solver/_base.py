@@ -15,7 +15,7 @@ from torch import Tensor
 from implicit_optim._batch import surely_none, where
 from implicit_optim._checks import Settings
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import norm, power_of_two
 
 
@@ -57,6 +57,10 @@ class LinearSolver(Settings, abc.ABC):
             A [`Solution`][implicit_optim.Solution] with value ``[*batch, n]``, without a graph.
         """
 
+    def _solution(self, value: Tensor, status: Tensor, *numbers: Tensor) -> Solution:
+        """The solution, the numbers under their names."""
+        return Solution(value, status, dict(zip(self.stats_names, numbers, strict=True)))
+
 
 @dataclass(frozen=True)
 class Iterative(LinearSolver):
@@ -86,11 +90,18 @@ class Iterative(LinearSolver):
         return max_steps, rtol, rtol == 0 and self.atol == 0
 
 
-def safeguarded(solution: Solution, again: Callable[[], Solution]) -> Solution:
-    """A solution with the tasks of negative curvature from another solve, marked ``fallback``."""
+def safeguarded(
+    solution: Solution,
+    again: Callable[[], Solution],
+    none: Callable[[Tensor], bool] = surely_none,
+) -> Solution:
+    """A solution with the tasks of negative curvature from another solve, marked ``fallback``.
+
+    The other solve is not made where ``none`` can tell that there are no such tasks.
+    """
     indefinite = solution.status == Status.NEGATIVE_CURVATURE.value
     value, status, stats = solution.value, solution.status, solution.stats
-    if not surely_none(indefinite):
+    if not none(indefinite):
         other = again()
         value = torch.where(indefinite.unsqueeze(-1), other.value, value)
         status = torch.where(indefinite, other.status, status)
@@ -151,12 +162,13 @@ class Outcome:
         x = where(at_once, operator.precondition(self.b), x) * self.scale.unsqueeze(-1)
         x = where(self.nonfinite, math.nan, x)
         missed = self.residual_norm > 1.01 * self.target
-        status = torch.zeros_like(self.steps)
-        if not fixed:
-            status = torch.where(missed, Status.MAX_STEPS.value, status)
-        status = torch.where(self.stuck & missed, Status.LINE_SEARCH.value, status)
-        status = torch.where(self.singular & missed, Status.SINGULAR.value, status)
-        status = torch.where(self.nonfinite, Status.NONFINITE.value, status).to(torch.int8)
+        out_of_steps = [] if fixed else [(missed, Status.MAX_STEPS)]
+        status = status_of(
+            *out_of_steps,
+            (self.stuck & missed, Status.LINE_SEARCH),
+            (self.singular & missed, Status.SINGULAR),
+            (self.nonfinite, Status.NONFINITE),
+        )
         norms = self.scale * self.residual_norm, self.scale * self.rhs_norm
         stats = dict(zip(Iterative.stats_names, (self.steps, *norms), strict=True))
         return Solution(x, status, stats)

@@ -13,7 +13,7 @@ from torch import Tensor
 from implicit_optim._batch import chooser, none_left, where
 from implicit_optim._linear_solver._base import Iterative, scaled
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import dot, norm
 
 
@@ -127,15 +127,12 @@ class CG(Iterative):
             residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
         x = where(stopped_at_once, first_order, x) * scale.unsqueeze(-1)
         x = where(nonfinite, math.nan, x)
-        status = torch.zeros_like(steps)
-        if not fixed:
-            missed = residual_norm > 1.01 * target
-            status = torch.where(missed, Status.MAX_STEPS.value, status)
-        status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, status)
-        status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
+        out_of_steps = [] if fixed else [(residual_norm > 1.01 * target, Status.MAX_STEPS)]
+        status = status_of(
+            *out_of_steps, (indefinite, Status.NEGATIVE_CURVATURE), (nonfinite, Status.NONFINITE)
+        )
         lanczos = seen.tridiagonal() * strength[..., None, None]
-        numbers = (steps, scale * residual_norm, scale * rhs_norm, lanczos)
-        return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
+        return self._solution(x, status, steps, scale * residual_norm, scale * rhs_norm, lanczos)
 
 
 class _Seen(NamedTuple):

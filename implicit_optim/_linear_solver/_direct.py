@@ -12,7 +12,8 @@ from torch import Tensor
 from implicit_optim._batch import where
 from implicit_optim._linear_solver._base import LinearSolver
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._operator._base import dense_matrix
+from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import norm
 
 
@@ -43,11 +44,9 @@ class _Direct(LinearSolver):
         x, failed, why = self._factored(matrix, b)
         nonfinite = ~torch.isfinite(matrix.sum((-2, -1))) | ~torch.isfinite(norm(b))
         x = where(nonfinite, float("nan"), x)
-        status = torch.where(failed, why.value, torch.zeros_like(failed, dtype=torch.int8))
-        status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
+        status = status_of((failed, why), (nonfinite, Status.NONFINITE))
         residual = b - (matrix @ x.unsqueeze(-1)).squeeze(-1)
-        numbers = (norm(residual), norm(b))
-        return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
+        return self._solution(x, status, norm(residual), norm(b))
 
     def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Status]:
         """The solution, which tasks have none, and why."""
@@ -62,9 +61,7 @@ def dense(operator: Linearized, b: Tensor, max_n: int) -> Tensor:
             f"a dense matrix of n = {n} takes n products and n^2 numbers a task: use CG() or GMRES(), "
             f"or raise max_n = {max_n}"
         )
-    basis = torch.eye(n, dtype=b.dtype, device=b.device)
-    columns = [operator.mv(e.expand(b.shape).contiguous()) for e in basis]
-    return torch.stack(columns, -1) if columns else b.new_zeros((*b.shape, 0))
+    return dense_matrix(operator.mv, b.shape, b)
 
 
 @dataclass(frozen=True)

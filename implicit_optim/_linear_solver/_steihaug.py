@@ -8,7 +8,7 @@ from torch import Tensor
 
 from implicit_optim._batch import none_left, surely_none, where
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import dot, norm, power_of_two
 
 
@@ -92,8 +92,7 @@ def steihaug(
         p = where(running, torch.addcmul(r, (rr / rr_before).unsqueeze(-1), p), p)
 
     x = where(nonfinite, torch.nan, x * scale.unsqueeze(-1))
-    status = torch.where(indefinite, Status.NEGATIVE_CURVATURE.value, torch.zeros_like(steps))
-    status = torch.where(nonfinite, Status.NONFINITE.value, status).to(torch.int8)
+    status = status_of((indefinite, Status.NEGATIVE_CURVATURE), (nonfinite, Status.NONFINITE))
     stats = {"steps": steps, "norm": norm(x), "on_boundary": on_boundary}
     return Solution(x, status, {**stats, "decrease": decrease * scale.square()})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from implicit_optim._batch import where
 from implicit_optim._linear_solver._base import LinearSolver
 from implicit_optim._operator import Linearized
-from implicit_optim._solution import Solution, Status
+from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import norm
 
 
@@ -92,9 +92,9 @@ class Woodbury(LinearSolver):
         x = easy - operator.precondition(parts.pull(along))
         bad = ~finite | (~failed & ~torch.isfinite(norm(x)))
         x = where(bad | failed, float("nan"), x)
-        status = torch.zeros_like(bad, dtype=torch.int8)
-        status = torch.where(concave, Status.NEGATIVE_CURVATURE.value, status)
-        status = torch.where(failed, Status.SINGULAR.value, status)
-        status = torch.where(bad, Status.NONFINITE.value, status).to(torch.int8)
-        numbers = (norm(b - operator.mv(x)), norm(b))
-        return Solution(x, status, dict(zip(self.stats_names, numbers, strict=True)))
+        status = status_of(
+            (concave, Status.NEGATIVE_CURVATURE),
+            (failed, Status.SINGULAR),
+            (bad, Status.NONFINITE),
+        )
+        return self._solution(x, status, norm(b - operator.mv(x)), norm(b))

@@ -105,12 +105,7 @@ class Operator(abc.ABC):
         Returns:
             ``[*batch, n, n]``.
         """
-        *batch, n = self.shape
-        linearized = self.linearize()
-        like = self.like()
-        basis = torch.eye(n, dtype=like.dtype, device=like.device)
-        columns = [linearized.mv(e.expand(*batch, n).contiguous()) for e in basis]
-        return torch.stack(columns, dim=-1) if columns else like.new_zeros(*batch, 0, 0)
+        return dense_matrix(self.linearize().mv, self.shape, self.like())
 
     def diagonal(
         self, probes: int | None = None, generator: torch.Generator | None = None
@@ -166,6 +161,15 @@ class Operator(abc.ABC):
         """A tensor with the dtype and the device of the operator's vectors."""
         own, common = self.tensors()
         return next(t for t in [*own, *common] if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def dense_matrix(
+    mv: Callable[[Tensor], Tensor], shape: tuple[int, ...], like: Tensor
+) -> Float[Tensor, "*batch n n"]:
+    """The matrices of a product of vectors ``(*batch, n)``, from its n columns."""
+    basis = torch.eye(shape[-1], dtype=like.dtype, device=like.device)
+    columns = [mv(e.expand(shape).contiguous()) for e in basis]
+    return torch.stack(columns, -1) if columns else like.new_zeros((*shape, 0))
 
 
 class Composed(Operator):

@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._search import Search
+from implicit_optim._search import Scalars, Search, Vectors
 from implicit_optim._solver._base import Evaluation, Searching, State, Step, move
 from implicit_optim._strong_wolfe import StrongWolfe
 from implicit_optim._vectors import dot, norm
 
 
 def conjugate_direction(
-    grad: Float[Tensor, "*batch n"],
-    last_grad: Float[Tensor, "*batch n"],
-    last_direction: Float[Tensor, "*batch n"],
-) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
+    grad: Vectors, last_grad: Vectors, last_direction: Vectors
+) -> tuple[Vectors, Scalars]:
     """``d = -g + beta d_last``, ``beta = max(0, g.(g - g_last) / g_last.g_last)``, and ``g.d``.
 
     Where that does not descend, the task starts again from ``-g``; so it does where the last are zero.
@@ -32,11 +29,7 @@ def conjugate_direction(
     return direction, dot(grad, direction)
 
 
-def first_length(
-    grad: Float[Tensor, "*batch n"],
-    slope: Float[Tensor, "*batch"],
-    decrease: Float[Tensor, "*batch"],
-) -> Float[Tensor, "*batch"]:
+def first_length(grad: Vectors, slope: Scalars, decrease: Scalars) -> Scalars:
     """The step that a search tries first: it would lower F by as much as the last step promised.
 
     Args:
@@ -49,7 +42,7 @@ def first_length(
     return torch.where((length > 0) & length.isfinite(), length, shortened(grad))
 
 
-def shortened(grad: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+def shortened(grad: Vectors) -> Scalars:
     """``min(1, 1 / ||grad||)``."""
     return 1 / norm(grad).clamp(min=1)
 
