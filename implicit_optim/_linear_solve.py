@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,17 +86,8 @@ def linear_solve(
         )
     own, common = operator.tensors()
     blank = operator.with_tensors([None] * len(own), [None] * len(common))
-    x, status, *numbers = apply(
-        _LinearSolve,
-        _ReverseLinearSolve,
-        blank,
-        linear_solver,
-        on_solve,
-        len(own),
-        b,
-        *own,
-        *common,
-    )
+    rule = _Rule(blank, linear_solver, on_solve, len(own))
+    x, status, *numbers = apply(_LinearSolve, _ReverseLinearSolve, rule, b, *own, *common)
     names = (*linear_solver.stats_names, "stationarity")
     solution = Solution(x, status, dict(zip(names, numbers, strict=True)))
     other = operator.fallback()
@@ -108,35 +99,44 @@ def linear_solve(
     return solution
 
 
+@dataclass(frozen=True, eq=False)
+class _Rule:
+    """What is solved with what: an operator without its tensors, the first ``count`` of them own."""
+
+    blank: Operator
+    linear_solver: LinearSolver
+    on_solve: OnSolve | None
+    count: int
+
+    def bind(self, tensors: list[Any]) -> Operator:
+        """The operator over these tensors."""
+        return self.blank.with_tensors(tensors[: self.count], tensors[self.count :])
+
+    def solve(self, operator: Operator, b: Tensor) -> Tensor:
+        """``A^-1 b``, for a derivative, itself differentiable."""
+        return linear_solve(operator, b, self.linear_solver, on_solve=self.on_solve).value
+
+
 class _ReverseLinearSolve(torch.autograd.Function):
-    """``(blank operator, solver, on_solve, count, b, *own, *common) -> (x, status, *stats)``."""
+    """``(rule, b, *own, *common) -> (x, status, *stats)``."""
 
     @staticmethod
-    def forward(
-        blank: Operator,
-        solver: LinearSolver,
-        on_solve: OnSolve | None,
-        count: int,
-        b: Tensor,
-        *tensors: Any,
-    ) -> tuple[Any, ...]:
-        operator = blank.with_tensors(list(tensors[:count]), list(tensors[count:]))
-
+    def forward(rule: _Rule, b: Tensor, *tensors: Any) -> tuple[Any, ...]:
         def solve(part: Operator, tasks: slice | int) -> Solution:
             linearized, rhs = part.linearize(), b[tasks]
-            value, status, stats = solver.solve(linearized, rhs)
+            value, status, stats = rule.linear_solver.solve(linearized, rhs)
             gradient = linearized.gradient
             if gradient is None:
                 gradient = torch.full_like(rhs, math.nan)
             return led(Solution(value, status, stats | {"stationarity": norm(gradient)}), tasks)
 
         with full_precision(b.device):
-            value, status, stats = joined(operator.parts(solve))
+            value, status, stats = joined(rule.bind(list(tensors)).parts(solve))
         return (value, status, *stats.values())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.blank, ctx.solver, ctx.on_solve, ctx.count, _, *tensors = inputs
+        ctx.rule, _, *tensors = inputs
         x, *others = output
         ctx.mark_non_differentiable(*others)
         ctx.outputs = len(others)
@@ -147,25 +147,26 @@ class _ReverseLinearSolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, tensors = saved(ctx)
         if grads[0] is None:
-            return (None,) * (5 + len(tensors))
-        operator = _operator(ctx)
-        transposed = operator(tensors).transpose()
-        w = linear_solve(transposed, grads[0], ctx.solver, on_solve=ctx.on_solve).value
-        needed = ctx.needs_input_grad[5:]
+            return (None,) * (2 + len(tensors))
+        bind = ctx.rule.bind
+        w = ctx.rule.solve(bind(tensors).transpose(), grads[0])
+        needed = ctx.needs_input_grad[2:]
         with full_precision(x.device):
-            pulled = split_grads(lambda leaves: operator(leaves).mv(x), tensors, needed, -w)
-        return (None, None, None, None, w, *pulled)
+            pulled = split_grads(lambda leaves: bind(leaves).mv(x), tensors, needed, -w)
+        return (None, w, *pulled)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        blank, solver, on_solve, count, b, *tensors = args
-        b_dim, *dims = in_dims[4:]
-        own = lead(tensors[:count], dims[:count], info.batch_size)
+        rule, b, *tensors = args
+        _, b_dim, *dims = in_dims
+        count, size = rule.count, info.batch_size
+        own, common = lead(tensors[:count], dims[:count], size), tensors[count:]
         shared = all(d is None for d in dims[count:])
-        common = tensors[count:] if shared else lead(tensors[count:], dims[count:], info.batch_size)
-        (b,) = lead([b], [b_dim], info.batch_size)
-        operator = blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
-        out = _LinearSolve.apply(operator, solver, on_solve, count, b, *own, *common)
+        if not shared:
+            common = lead(common, dims[count:], size)
+        (b,) = lead([b], [b_dim], size)
+        blank = rule.blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
+        out = _LinearSolve.apply(replace(rule, blank=blank), b, *own, *common)
         return out, (0,) * len(out)
 
 
@@ -176,15 +177,9 @@ class _LinearSolve(_ReverseLinearSolve):
     @forward_mode
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         x, tensors = saved(ctx, forward=True)
-        operator = _operator(ctx)
-        db = torch.zeros_like(x) if tangents[4] is None else tangents[4]
+        bind = ctx.rule.bind
+        db = torch.zeros_like(x) if tangents[1] is None else tangents[1]
         with full_precision(x.device):
-            dA_x = push_forward(lambda leaves: operator(leaves).mv(x), tensors, tangents[5:])
-        change = db if dA_x is None else db - dA_x
-        dx = linear_solve(operator(tensors), change, ctx.solver, on_solve=ctx.on_solve).value
+            dA_x = push_forward(lambda leaves: bind(leaves).mv(x), tensors, tangents[2:])
+        dx = ctx.rule.solve(bind(tensors), db if dA_x is None else db - dA_x)
         return (dx, *(None,) * ctx.outputs)
-
-
-def _operator(ctx: Any) -> Callable[[list[Any]], Operator]:
-    """The operator of a solve as a function of its tensors."""
-    return lambda tensors: ctx.blank.with_tensors(tensors[: ctx.count], tensors[ctx.count :])
