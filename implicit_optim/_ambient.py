@@ -187,80 +187,70 @@ def draw_seed() -> int:
         return int(torch.randint(2**62, (), device="cpu"))
 
 
-class _Kernels:
-    """Switches of torch's for its kernels, thrown as long as anyone is inside, in any thread.
+class _AsLongAsInside:
+    """A setting of torch's for the process that is in force as long as anyone is inside, in any thread.
 
     torch's own context managers belong to one thread (a token of ``sdpa_kernel`` cannot be given back
     in another) and write settings beside those asked for (``backends.mkldnn.flags``).
 
     Args:
-        *switches: how to read one, how to set it, and what it is set to inside.
+        enforce: puts it in force, and returns what takes it back.
     """
 
-    def __init__(self, *switches: tuple[Callable[[], bool], Callable[[bool], Any], bool]) -> None:
-        self.switches = switches
+    def __init__(self, enforce: Callable[[], Callable[[], Any]]) -> None:
+        self.enforce = enforce
+        self.take_back: Callable[[], Any] = enforce
         self.inside = 0
-        self.before: list[bool] = []
 
     def __enter__(self) -> None:
         with _LOCK:
             if self.inside == 0:
-                self.before = [is_on() for is_on, _, _ in self.switches]
-                for _, put, wanted in self.switches:
-                    put(wanted)
+                self.take_back = self.enforce()
             self.inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with _LOCK:
             self.inside -= 1
             if self.inside == 0:
-                for (_, put, _), before in zip(self.switches, self.before, strict=True):
-                    put(before)
+                self.take_back()
+
+
+def _switches(*switches: tuple[Callable[[], bool], Callable[[bool], Any], bool]) -> _AsLongAsInside:
+    """Switches of torch's for its kernels: how each is read, how it is set, and to what."""
+
+    def enforce() -> Callable[[], Any]:
+        before = [is_on() for is_on, _, _ in switches]
+        for _, put, wanted in switches:
+            put(wanted)
+        return lambda: [put(was) for (_, put, _), was in zip(switches, before, strict=True)]
+
+    return _AsLongAsInside(enforce)
+
+
+def _uncompiled() -> Callable[[], Any]:
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
 
 
 _cuda, _C = torch.backends.cuda, torch._C
 # Of the kernels for attention, only the plain one has a second derivative.
-_PLAIN_ATTENTION = _Kernels(
+_PLAIN_ATTENTION = _switches(
     (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
     (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, False),
     (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
     (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, False),
 )
 # What nn.MultiheadAttention takes without grad in eval mode has no batching rule on any device.
-_SLOW_PATH = _Kernels(
+_SLOW_PATH = _switches(
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
 )
 # Fused recurrent kernels have none either; those that torch composes have.
-unfused = _Kernels(
+unfused = _switches(
     (_C._get_cudnn_enabled, _C._set_cudnn_enabled, False),
     (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled, False),
 )
-
-
-class _Uncompiled:
-    """What the user compiled runs as it was written, as long as anyone is inside.
-
-    Compiled code has no second derivative.
-    """
-
-    def __init__(self) -> None:
-        self.inside = 0
-        self.stance: Any = None
-
-    def __enter__(self) -> None:
-        with _LOCK:
-            if self.inside == 0:
-                self.stance = torch.compiler.set_stance("force_eager")
-            self.inside += 1
-
-    def __exit__(self, *exception: Any) -> None:
-        with _LOCK:
-            self.inside -= 1
-            if self.inside == 0:
-                self.stance.__exit__(*exception)
-
-
-uncompiled = _Uncompiled()
+# Compiled code has no second derivative: what the user compiled runs as it was written.
+uncompiled = _AsLongAsInside(_uncompiled)
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[None]:

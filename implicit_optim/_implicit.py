@@ -71,8 +71,7 @@ def attach(
         phi: the minimiser, a tensor or pytree of tensors ``[*batch, *shape]``; gradients do not flow
             into it.
         objective: ``F(phi, theta, *data) -> scalar`` of one task, or its equations, or an
-            [`L1`][implicit_optim.L1] of it. Everything
-            differentiable must come in through theta or data, not through a closure.
+            [`L1`][implicit_optim.L1] of it. What requires grad must come in through theta or data.
         theta: tensor or pytree that all tasks share.
         *data: pytrees of tensors ``[*batch, ...]``.
         linear_solver: solves with the curvature. Default: ``CG()``, for equations ``GMRES()``; relative
@@ -110,15 +109,9 @@ def attach(
     Source: Rajeswaran et al. 2019, Lemma 1 and algorithm 2; Blondel et al. 2022, section 2.
     """
     problem = InnerProblem.bind(
-        objective,
-        phi,
-        theta,
-        *data,
-        batch_ndim=batch_ndim,
-        seed=seed,
-        batching=batching,
-        closed=True,
+        objective, phi, theta, *data, batch_ndim=batch_ndim, seed=seed, batching=batching
     )
+    problem = replace(problem, closed=True)
     flat = problem.layout.ravel(phi)
     return problem.layout.unravel(
         attach_flat(

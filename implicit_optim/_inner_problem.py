@@ -1,8 +1,7 @@
 """The inner problem: one task's objective, summed over a batch of tasks.
 
-Second derivatives must never be taken outside ``vmap(grad(F))``: through batch, instance and layer
-norm torch then returns wrong numbers without a word. So ``vmap`` goes around the *value* only, and
-everything above differentiates the *sum* over the tasks; the Hessian of the sum is block-diagonal.
+``vmap`` goes around the *value* only, since torch's second derivatives outside ``vmap(grad(F))`` are
+wrong without a word; all above differentiates the *sum* over the tasks, whose Hessian is block-diagonal.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from implicit_optim._ambient import Ambient
 from implicit_optim._batch import Batching, ByDefault, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
 from implicit_optim._flat import Layout, keystr
-from implicit_optim._module import as_returned, only_tensors
 from implicit_optim._objective import Equations, InnerObjective, Objective
+from implicit_optim._outputs import as_returned, only_tensors
 from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
 from implicit_optim._replaced import replaced
 
@@ -73,7 +72,6 @@ class InnerProblem:
         batch_ndim: int = 0,
         seed: int | None = None,
         batching: Batching | None = None,
-        closed: bool = False,
     ) -> InnerProblem:
         """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
 
@@ -107,7 +105,7 @@ class InnerProblem:
         ambient = Ambient.now(first.device, seed)
         batching = ByDefault() if batching is None else batching
         shared = (True,) * batch_ndim
-        return cls(objective, layout, theta, data, shared, ambient, batching, closed=closed)
+        return cls(objective, layout, theta, data, shared, ambient, batching)
 
     # -- values and derivatives of the sum over the batch ------------------------------------------
 
@@ -173,7 +171,7 @@ class InnerProblem:
 
     @property
     def known(self) -> list[Any] | None:
-        """What the objective may depend on, if anything else is an error."""
+        """Where the objective's graph may end, if anything else is an error."""
         return pytree.tree_leaves((self.theta, self.data)) if self.closed else None
 
     def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
@@ -205,11 +203,7 @@ class InnerProblem:
 
     @property
     def structured(self) -> Objective:
-        """The objective, if it has the structure that Gauss-Newton needs.
-
-        Raises:
-            TypeError: it is a plain function.
-        """
+        """The objective, if it has the structure that Gauss-Newton needs, else a ``TypeError``."""
         if not isinstance(self.objective, Objective):
             raise TypeError(
                 "GaussNewton needs the structure of the objective: pass "
@@ -252,16 +246,10 @@ class InnerProblem:
         return replace(self, term=self.quadratic)
 
     def parts(self, solve: Callable[[InnerProblem, slice | int], Any], tasks: int) -> list[Any]:
-        """Solve the tasks of the outermost batch dimension in the chunks of the ``batching``.
+        """Call ``solve`` for the chunks of the ``batching``, with their problems and where they stand.
 
-        Args:
-            solve: called with the problems of a chunk and where they stand: a slice, or the index of a
-                single task, whose problem lacks the dimension; with this problem and ``slice(None)`` if
-                it has no batch dimension.
-            tasks: length of the outermost batch dimension.
-
-        Returns:
-            What ``solve`` returned for each chunk.
+        That is a slice of the outermost dimension, or the index of a single task, whose problem lacks
+        the dimension; ``slice(None)`` with this problem, if it has no batch dimension.
         """
         if not self.shared:
             return [solve(self, slice(None))]

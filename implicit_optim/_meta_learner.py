@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import Ambient, draw_seed
-from implicit_optim._autograd import Foreign
 from implicit_optim._batch import Batching, ByDefault, sees_for_free
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._learner_checks import (
+    Episode,
+    check_kinds,
+    check_reached,
+    count_tasks,
+    foreign_tensors_named,
+)
+from implicit_optim._loss import loss_function, with_parameters
 from implicit_optim._meta_gradient import Implicit, MetaGradient
-from implicit_optim._module import AsFunction, arguments, as_returned, only_tensors, undisturbed
+from implicit_optim._module import AsFunction, arguments, trainable, undisturbed
 from implicit_optim._objective import Objective
+from implicit_optim._outputs import as_returned, only_tensors
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
 from implicit_optim._query_loss import OfTasks, query_losses
@@ -25,15 +32,6 @@ from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import RunningStats, check_statistics
 from implicit_optim._solution import OnSolve, Solution
 from implicit_optim._solver import Solver
-
-Episode = tuple[Any, ...]
-
-
-class _Target(NamedTuple):
-    """A task's target, and the parameters of the loss, which every task carries."""
-
-    parameters: dict[str, Tensor]
-    target: Any
 
 
 class MetaLearner(nn.Module):
@@ -104,7 +102,7 @@ class MetaLearner(nn.Module):
     ) -> None:
         super().__init__()
         meta_gradient = Implicit() if meta_gradient is None else meta_gradient
-        _check_kinds(model, solver, meta_gradient, running_stats, batching)
+        check_kinds(model, solver, meta_gradient, running_stats, batching)
         self.model = model
         self.loss = loss
         self.solver = solver
@@ -115,7 +113,7 @@ class MetaLearner(nn.Module):
         self.batching = batching
         self._solves: dict[str, Solution] = {}
         self._by_default = ByDefault()
-        self._adapting = tuple(_trainable(model))
+        self._adapting = tuple(trainable(model))
         anchor = self.anchor()
         if not anchor:
             raise ValueError(
@@ -146,18 +144,18 @@ class MetaLearner(nn.Module):
         Raises:
             ValueError: shapes do not fit, or the model would change its running statistics.
         """
-        tasks, asked = _count_tasks("support", support), _count_tasks("query", query)
+        tasks, asked = count_tasks("support", support), count_tasks("query", query)
         if tasks != asked:
             raise ValueError(
                 f"support has {tasks} tasks but query has {asked}: they belong together"
             )
         seed, model = self._seed(), AsFunction(self.model)
-        with self._naming():
+        with foreign_tensors_named(self):
             phi = self._adapt(model, support, seed)
             query_loss = self._objective(model.under(self._by_batch(adapting=False))).fit
             # Other random numbers than those of the support set, from the same draw.
             asked_seed = None if seed is None else ~seed
-            data = self._with_loss_parameters(query, tasks)
+            data = with_parameters(self.loss, query, tasks)
             losses = query_losses(self._of_tasks(query_loss, phi, data, asked_seed), phi)
         return self.meta_gradient.outer(self.anchor(), phi, losses)
 
@@ -175,11 +173,11 @@ class MetaLearner(nn.Module):
             phi ``[T, *shape]`` by name: one set of parameters a task; with ``RunningStats.PER_TASK``
             also the statistics.
         """
-        with self._naming():
+        with foreign_tensors_named(self):
             return self._adapt(AsFunction(self.model), support, self._seed())
 
     def _adapt(self, model: AsFunction, support: Episode, seed: int | None) -> dict[str, Tensor]:
-        tasks = _count_tasks("support", support)
+        tasks = count_tasks("support", support)
         check_statistics(self.model, self.running_stats)
         model = model.under(self._by_batch(adapting=True))
         problem = self._inner_problem(model, tasks, support, seed)
@@ -219,7 +217,7 @@ class MetaLearner(nn.Module):
         if not isinstance(phi, dict) or not needed <= phi.keys():
             got = sorted(phi) if isinstance(phi, dict) else type(phi).__name__
             raise ValueError(f"phi must hold {sorted(needed)}, as adapt() returns them, got {got}")
-        _count_tasks("phi and inputs", (phi, *inputs))
+        count_tasks("phi and inputs", (phi, *inputs))
         model = AsFunction(self.model, self._by_batch(adapting=False))
         outputs = self._objective(model).predict
         one = lambda phi, *inputs: only_tensors(outputs(phi, *inputs))  # noqa: E731
@@ -242,15 +240,7 @@ class MetaLearner(nn.Module):
             inputs, keywords = arguments(self.model, inputs)
             return model(phi, *inputs, **keywords)
 
-        loss = self.loss
-        if isinstance(loss, nn.Module) and [*loss.parameters(), *loss.buffers()]:
-            of_module = AsFunction(loss)
-
-            def loss(output: Any, target: Any) -> Tensor:
-                own, target = target if isinstance(target, _Target) else ({}, target)
-                return of_module(own, output, target)
-
-        return Objective(outputs, loss, proximal)
+        return Objective(outputs, loss_function(self.loss), proximal)
 
     def _by_batch(self, *, adapting: bool) -> bool | None:
         """Whether the norms with running statistics take those of the batch."""
@@ -260,14 +250,6 @@ class MetaLearner(nn.Module):
             adapting or self.running_stats is RunningStats.BATCH
         )
 
-    def _with_loss_parameters(self, episode: Episode, tasks: int) -> Episode:
-        """The episode, with the loss's parameters beside its target: as data they get a gradient."""
-        own = _trainable(self.loss) if isinstance(self.loss, nn.Module) else {}
-        if not own:
-            return tuple(episode)
-        *inputs, target = episode
-        return *inputs, _Target({k: p.expand(tasks, *p.shape) for k, p in own.items()}, target)
-
     def _seed(self) -> int | None:
         return draw_seed() if self.stochastic else None
 
@@ -276,22 +258,23 @@ class MetaLearner(nn.Module):
     ) -> InnerProblem:
         anchor = self.anchor()
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
-        return InnerProblem.bind(
+        problem = InnerProblem.bind(
             self._objective(model),
             phi,
             (anchor, self.proximal()),
-            *self._with_loss_parameters(support, tasks),
+            *with_parameters(self.loss, support, tasks),
             batch_ndim=1,
             seed=seed,
-            batching=self.batching or self._by_default,
-            closed=True,
+            batching=(self.batching or self._by_default).suited_to(support),
         )
+        return replace(problem, closed=True)
 
     def _of_tasks(
         self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
     ) -> OfTasks:
         ambient = Ambient.now(next(iter(phi.values())).device, seed)
-        return OfTasks(one, data, ambient, self.batching or self._by_default)
+        batching = (self.batching or self._by_default).suited_to(data)
+        return OfTasks(one, data, ambient, batching)
 
     def _heard(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects
@@ -301,78 +284,5 @@ class MetaLearner(nn.Module):
             first_time = name not in self._solves
             self._solves[name] = last
             if name == "minimize" and (first_time or sees_for_free(last.status)):
-                self._check_reached(last)
+                check_reached(last, self.anchor())
         self.on_solve(name, solution)
-
-    def _check_reached(self, solution: Solution) -> None:
-        """Raise ``ValueError`` if the first gradient of the support loss was exactly zero everywhere."""
-        empty = not any(p.numel() for p in self.anchor().values())
-        if not (empty or bool(solution.stats["initial_grad_norm"].any())):
-            raise ValueError(
-                "the support loss does not reach the parameters that adapt: its first gradient is "
-                f"exactly zero in every task (parameters {list(self._adapting)}). See that forward uses "
-                "them, detaches nothing and runs without torch.no_grad(); if theta solves every task "
-                "exactly, there is nothing to adapt to"
-            )
-
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Errors about tensors name the attribute in which they are found."""
-        try:
-            yield
-        except Foreign as error:
-            raise Foreign(error.tensor, self._name_of(error.tensor)) from None
-
-    def _name_of(self, tensor: Tensor) -> str | None:
-        for path, module in self.named_modules():
-            for place in (module._parameters, vars(module)):
-                for key, value in place.items():
-                    held = value if isinstance(value, (list, tuple)) else [value]
-                    if any(t is tensor for t in held):
-                        return f"{path}.{key}, of shape {tuple(tensor.shape)},"
-        return None
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require grad, by name.
-
-    Raises:
-        ValueError: the shape of one is not known yet.
-    """
-    for name, p in module.named_parameters():
-        if nn.parameter.is_lazy(p):
-            raise ValueError(f"{name} has no shape yet: run a batch through the model first")
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _count_tasks(name: str, episode: Episode) -> int:
-    if not isinstance(episode, (tuple, list)) or len(episode) < 2:
-        raise ValueError(f"{name} must be a tuple (x [T, N, ...], y [T, N, ...])")
-    shapes = [tuple(t.shape) for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
-    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
-        raise ValueError(
-            f"{name} must hold tensors that lead with the same number of tasks T >= 1, got the shapes "
-            f"{shapes}; for a single task add a dimension: x.unsqueeze(0)"
-        )
-    return shapes[0][0]
-
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    "model": (nn.Module, "an nn.Module"),
-    "solver": (
-        Solver,
-        "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or from_torch(...)",
-    ),
-    "meta_gradient": (
-        MetaGradient,
-        "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
-    ),
-    "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
-    "batching": (Batching | None, "Batching(...) or None"),
-}
-
-
-def _check_kinds(*given: Any) -> None:
-    for (name, (kind, what)), value in zip(_KINDS.items(), given, strict=True):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be {what}, got {type(value).__name__}")

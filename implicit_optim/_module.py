@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from implicit_optim._ambient import uncompiled
 from implicit_optim._batch import in_worker
@@ -235,36 +234,13 @@ def _pack(t: Tensor) -> Tensor:
     return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
-class _Nothing:
-    """Stands for ``None`` in an output: a tree without leaves, where ``None`` is a leaf to torch."""
-
-
-_NOTHING = _Nothing()
-pytree.register_pytree_node(_Nothing, lambda _: ([], None), lambda _, __: _NOTHING)
-
-
-def only_tensors(output: Any) -> Any:
-    """The output as a tree whose leaves are tensors; `as_returned` is the way back.
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require grad, by name.
 
     Raises:
-        TypeError: it holds something else, a class that is not known as a tree for instance.
+        ValueError: the shape of one is not known yet.
     """
-
-    def visit(leaf: Any) -> Any:
-        if leaf is None:
-            return _NOTHING
-        if isinstance(leaf, Tensor):
-            return leaf
-        name = type(leaf).__name__
-        raise TypeError(
-            f"the output holds a {name}: predict and curvature=GaussNewton need tensors (or None) in "
-            f"dicts, tuples or lists; of a dataclass, call torch.export.register_dataclass({name}) once"
-        )
-
-    return pytree.tree_map(visit, output)
-
-
-def as_returned(output: Any) -> Any:
-    """What `only_tensors` was given."""
-    nothing = lambda x: isinstance(x, _Nothing)  # noqa: E731
-    return pytree.tree_map(lambda x: None if nothing(x) else x, output, is_leaf=nothing)
+    for name, p in module.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: run a batch through the model first")
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -25,7 +25,9 @@ LAYERS = {
     "_checks": 0,
     "_derivative": 0,
     "_flat": 0,
+    "_loss": 0,
     "_module": 0,
+    "_outputs": 0,
     "_replaced": 0,
     "_running_stats": 0,
     "_solution": 0,
@@ -47,6 +49,7 @@ LAYERS = {
     "_minimize": 4,
     "_implicit": 5,
     "_meta_gradient": 5,
+    "_learner_checks": 6,
     "_meta_learner": 6,
 }
 OPTIM, OPTIM_SEES = "optim", 4  # torch.optim shells: see layers 0..4, seen by nobody
@@ -58,7 +61,7 @@ THIRD_PARTY = {"torch", "jaxtyping"}  # the run-time dependencies of pyproject.t
 TASKS_THIRD_PARTY = {*THIRD_PARTY, "torchvision", "PIL"}  # those of the extra `vision`
 
 MAX_LINES_FILE = 300
-MAX_LINES_LIBRARY = 5_300  # of code; 3,500 before the linear and inner solvers beyond the paper
+MAX_LINES_LIBRARY = 5_750  # of code; 5,300 before the table of replaced functions
 
 
 def library() -> dict[str, str]:

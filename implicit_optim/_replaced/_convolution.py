@@ -41,8 +41,8 @@ def _convolution(
         if not is_batched(w):
             return NotImplemented
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, w, b = (None if t is None else t.to(dtype) for t in (x, w, bias))
-        return _TORCHS[sides - 1](x, w, b, stride, padding, dilation, groups)
+        b = None if bias is None else bias.to(dtype)
+        return _TORCHS[sides - 1](x.to(dtype), w.to(dtype), b, stride, padding, dilation, groups)
     usable = x.ndim == w.ndim and x.dtype == w.dtype and len(x) > 0 and not isinstance(padding, str)
     if not usable or way(x, w) is not Way.OURS:
         return NotImplemented

@@ -27,7 +27,7 @@ def embedding(
     Raises:
         ValueError: ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is set.
     """
-    _refuse("embedding", max_norm, scale_grad_by_freq, sparse)
+    _refuse("embedding", max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
     n = weight.size(0)
     if padding_idx is None or not -n <= padding_idx < n:
         return NotImplemented
@@ -65,7 +65,9 @@ def embedding_bag(
     Raises:
         ValueError: the mode is "max", or ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is set.
     """
-    _refuse("embedding_bag", max_norm, scale_grad_by_freq, sparse)
+    _refuse(
+        "embedding_bag", max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
+    )
     if mode == "max":
         raise ValueError(
             'embedding_bag: mode="max" has no second derivative: use mode="sum" or "mean", or '
@@ -100,19 +102,17 @@ def embedding_bag(
     return total if mode == "sum" else total / count.clamp(min=1).unsqueeze(-1)
 
 
-def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
-    if max_norm is not None:
-        raise ValueError(
-            f"{name}: with max_norm={max_norm} torch renormalises the weight itself, in place: use "
-            "max_norm=None, and normalise the weight in forward if its rows are to be short"
-        )
-    if scale_grad_by_freq:
-        raise ValueError(
-            f"{name}: with scale_grad_by_freq=True what torch returns is the gradient of no function, "
-            "and its second derivative is wrong: use scale_grad_by_freq=False"
-        )
-    if sparse:
-        raise ValueError(f"{name}: a sparse gradient has no second derivative: use sparse=False")
+_REFUSED = {
+    "max_norm": "torch renormalises the weight in place: use max_norm=None, and normalise it in forward",
+    "scale_grad_by_freq": "the gradient is that of no function, in torch: use scale_grad_by_freq=False",
+    "sparse": "the gradient has no second derivative: use sparse=False",
+}
+
+
+def _refuse(name: str, **settings: Any) -> None:
+    for setting, value in settings.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: with {setting}={value} {_REFUSED[setting]}")
 
 
 ENTRIES: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -1,0 +1,83 @@
+"""What a learner is given: kinds of arguments, shapes of episodes, a loss that reaches the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from implicit_optim._autograd import Foreign
+from implicit_optim._batch import Batching
+from implicit_optim._meta_gradient import MetaGradient
+from implicit_optim._running_stats import RunningStats
+from implicit_optim._solution import Solution
+from implicit_optim._solver import Solver
+
+Episode = tuple[Any, ...]
+
+
+def count_tasks(name: str, episode: Episode) -> int:
+    """The tasks T that the tensors of an episode lead with; raise ``ValueError`` if they do not."""
+    if not isinstance(episode, (tuple, list)) or len(episode) < 2:
+        raise ValueError(f"{name} must be a tuple (x [T, N, ...], y [T, N, ...])")
+    shapes = [tuple(t.shape) for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
+        raise ValueError(
+            f"{name} must hold tensors that lead with the same number of tasks T >= 1, got the shapes "
+            f"{shapes}; for a single task add a dimension: x.unsqueeze(0)"
+        )
+    return shapes[0][0]
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "model": (nn.Module, "an nn.Module"),
+    "solver": (
+        Solver,
+        "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or from_torch(...)",
+    ),
+    "meta_gradient": (
+        MetaGradient,
+        "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
+    ),
+    "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
+    "batching": (Batching | None, "Batching(...) or None"),
+}
+
+
+def check_kinds(*given: Any) -> None:
+    """Raise ``TypeError`` where one of a learner's arguments, in the order of `_KINDS`, is none."""
+    for (name, (kind, what)), value in zip(_KINDS.items(), given, strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def check_reached(solution: Solution, adapting: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` if the first gradient of the support loss was exactly zero everywhere."""
+    empty = not any(p.numel() for p in adapting.values())
+    if not (empty or bool(solution.stats["initial_grad_norm"].any())):
+        raise ValueError(
+            "the support loss does not reach the parameters that adapt: its first gradient is exactly "
+            f"zero in every task (parameters {list(adapting)}). See that forward uses them, detaches "
+            "nothing and runs without torch.no_grad(); if theta solves every task exactly, there is "
+            "nothing to adapt to"
+        )
+
+
+@contextlib.contextmanager
+def foreign_tensors_named(learner: nn.Module) -> Iterator[None]:
+    """`Foreign` tensors are called by the attribute in which they are found."""
+    try:
+        yield
+    except Foreign as error:
+        found = (
+            f"{path}.{key}, of shape {tuple(error.tensor.shape)},"
+            for path, module in learner.named_modules()
+            for place in (module._parameters, vars(module))
+            for key, value in place.items()
+            for held in (value if isinstance(value, (list, tuple)) else [value])
+            if held is error.tensor
+        )
+        raise Foreign(error.tensor, next(found, None)) from None
