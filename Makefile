@@ -11,7 +11,7 @@ TEST    = dev
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install --quiet
 # One stamp for each group of optional dependencies in pyproject.toml.
-STAMPS  = $(VENV)/.examples $(VENV)/.docs $(VENV)/.test $(VENV)/.dev
+STAMPS  = $(VENV)/.examples $(VENV)/.docs $(VENV)/.test $(VENV)/.dev $(VENV)/.zoo
 # The lower bound of torch in pyproject.toml, as pip's exact version.
 OLDEST  = $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/torch==\1/p' pyproject.toml)
 # Files in the order of their names: ordered by their number of tests, the few long ones would come last.
@@ -21,7 +21,7 @@ PYTEST  = -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reor
 .DELETE_ON_ERROR:
 # `make -j` runs one recipe after the other: two installs into one environment would collide.
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-wheel lint format docs bench dist clean distclean
+.PHONY: help demo test test-oldest test-wheel lint format docs bench zoo zoo-here dist clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,12 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 bench: $(VENV)/.dev ## Run the benchmarks
 	@$(PY) -m benchmarks $(ARGS)
 
+zoo: ## Try models of other people against plain torch, into docs/models-tried.md
+	@$(MAKE) --no-print-directory zoo-here VENV=.venv-zoo
+
+zoo-here: $(VENV)/.zoo
+	@$(PY) -m benchmarks.models $(ARGS)
+
 dist: $(VENV)/.base ## Build the sdist, and from it the wheel, into dist/
 	@rm -rf dist
 	@$(PIP) build
@@ -76,7 +82,7 @@ clean: ## Remove build outputs and caches
 	    2>/dev/null || true
 
 distclean: clean ## Remove the environment as well
-	rm -rf $(VENV) .venv-oldest .venv-wheel
+	rm -rf $(VENV) .venv-oldest .venv-wheel .venv-zoo
 
 # ------------------------------------------------------------------------------- the environment
 

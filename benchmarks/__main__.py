@@ -4,6 +4,8 @@ python -m benchmarks [cost] [scaling] [products] [approximations] [profiles] [sp
 """
 
 import argparse
+import os
+import sys
 
 from benchmarks import (
     approximations,
@@ -15,6 +17,7 @@ from benchmarks import (
     soak,
     speed,
 )
+from benchmarks.measure import ALLOCATOR
 
 BENCHMARKS = {
     "cost": cost.main,
@@ -33,5 +36,9 @@ names = parser.parse_args().names
 unknown = set(names) - set(BENCHMARKS)
 if unknown:
     parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+if not any(
+    name.startswith("MALLOC_") for name in os.environ
+):  # for all contenders, see docs/cost.md
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *names], os.environ | ALLOCATOR)
 for name in names or BENCHMARKS:
     BENCHMARKS[name]()

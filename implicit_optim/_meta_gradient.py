@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision, twice_differentiable
-from implicit_optim._batch import where
 from implicit_optim._implicit import Curvature, attach_flat
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver
+from implicit_optim._masks import where
 from implicit_optim._minimize import run, solve
 from implicit_optim._operator import Hessian
 from implicit_optim._solution import OnSolve, Solution, Status

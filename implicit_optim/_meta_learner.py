@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implicit_optim._ambient import Ambient, draw_seed
-from implicit_optim._batch import Batching, ByDefault, sees_for_free
+from implicit_optim._batch import Batching, ByDefault
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._learner_checks import (
     Episode,
@@ -21,6 +21,7 @@ from implicit_optim._learner_checks import (
     foreign_tensors_named,
 )
 from implicit_optim._loss import loss_function, with_parameters
+from implicit_optim._masks import sees_for_free
 from implicit_optim._meta_gradient import Implicit, MetaGradient
 from implicit_optim._module import AsFunction, arguments, trainable, undisturbed
 from implicit_optim._objective import Objective
@@ -29,7 +30,7 @@ from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
 from implicit_optim._query_loss import OfTasks, query_losses
 from implicit_optim._report import Report, Warn, remembered
-from implicit_optim._running_stats import RunningStats, check_statistics
+from implicit_optim._running_stats import RunningStats, check_statistics, statistics_needed
 from implicit_optim._solution import OnSolve, Solution
 from implicit_optim._solver import Solver
 
@@ -209,11 +210,7 @@ class MetaLearner(nn.Module):
         """
         needed = set(self._adapting)
         if self.running_stats is RunningStats.PER_TASK:
-            needed |= {
-                k
-                for k, _ in self.model.named_buffers()
-                if k.endswith(("running_mean", "running_var"))
-            }
+            needed |= statistics_needed(self.model, phi)
         if not isinstance(phi, dict) or not needed <= phi.keys():
             got = sorted(phi) if isinstance(phi, dict) else type(phi).__name__
             raise ValueError(f"phi must hold {sorted(needed)}, as adapt() returns them, got {got}")

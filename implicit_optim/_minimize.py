@@ -12,15 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._ambient import full_precision
-from implicit_optim._batch import (
-    Batching,
-    none_left,
-    sees_for_free,
-    surely_none,
-    where,
-)
+from implicit_optim._batch import Batching
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import L1
+from implicit_optim._masks import none_left, sees_for_free, surely_none, where
 from implicit_optim._objective import Equations, InnerObjective
 from implicit_optim._solution import Solution, Status, joined, led
 from implicit_optim._solver import Solver

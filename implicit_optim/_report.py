@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from implicit_optim._batch import is_batched
+from implicit_optim._masks import is_batched
 from implicit_optim._solution import Solution, Status
 
 

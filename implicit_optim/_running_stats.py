@@ -120,3 +120,14 @@ def check_statistics(model: nn.Module, policy: RunningStats | None) -> None:
                 "it adapts, mixing the tasks: choose running_stats=iopt.RunningStats.BATCH, FROZEN or "
                 "PER_TASK, or build the layer with track_running_stats=False"
             )
+
+
+def statistics_needed(model: nn.Module, phi: Any) -> set[str]:
+    """Names of the statistics that belong to those in phi; of all layers if there are none.
+
+    A layer that ``forward`` leaves out has none.
+    """
+    ends = ("running_mean", "running_var")
+    told = [name for name in phi if name.endswith(ends)]
+    names = told or [name for name, _ in model.named_buffers() if name.endswith(ends)]
+    return {f"{name.rsplit('running_', 1)[0]}{end}" for name in names for end in ends}

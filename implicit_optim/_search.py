@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left
 from implicit_optim._checks import Settings
+from implicit_optim._masks import none_left
 from implicit_optim._vectors import dot
 
 Scalars = Float[Tensor, "*batch"]

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_optim._batch import none_left
+from implicit_optim._masks import none_left
 from implicit_optim._search import Found, Line, Scalars, Search
 
 _GROW = 10.0  # most that a trial lies beyond the one before

@@ -31,7 +31,11 @@ RULES = {
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
 BATCH, FROZEN, PER_TASK = iopt.RunningStats
-VMAP, LOOP, THREADS = iopt.Batching(), iopt.Batching(chunk_size=1), iopt.Batching(threads=2)
+VMAP, LOOP, THREADS = (
+    iopt.Batching(),
+    iopt.Batching(chunk_size=1),
+    iopt.Batching(chunk_size=1, threads=2),
+)
 FEW = {"rtol": 1e-8, "atol": 1e-10}
 
 

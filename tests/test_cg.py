@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_optim import CG, Damped, Dense, Hessian, Linearized, Status, _batch, linear_solve
+from implicit_optim import CG, Damped, Dense, Hessian, Linearized, Status, _masks, linear_solve
 from problems import BATCHES, indefinite, solve, spd, vector_lam
 
 F64 = torch.float64
@@ -700,7 +700,7 @@ def test_fixed_steps_cost_one_product_each(max_steps):
 def test_fixed_steps_never_ask_the_device(monkeypatch):
     """A tensor read by Python is a synchronisation, which is dear on all devices but the CPU."""
     matrix, b = spd(0, 6, 10.0, (3,))
-    monkeypatch.setattr(_batch, "_looking_is_free", lambda mask: False)
+    monkeypatch.setattr(_masks, "_looking_is_free", lambda mask: False)
 
     def refuse(*args):
         raise AssertionError("a host synchronisation")

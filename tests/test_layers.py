@@ -26,6 +26,7 @@ LAYERS = {
     "_derivative": 0,
     "_flat": 0,
     "_loss": 0,
+    "_masks": 0,
     "_module": 0,
     "_outputs": 0,
     "_replaced": 0,

@@ -435,8 +435,6 @@ def old_weight_norm():
         (old_weight_norm, torch.randn(2, 2, 4)),
         (lambda: nn.Embedding(3, 2, padding_idx=1), torch.tensor([1, 2])),
         (lambda: nn.EmbeddingBag(3, 2, padding_idx=1), torch.tensor([[1, 2]])),
-        (lambda: nn.MultiMarginLoss(), (torch.randn(2, 3), torch.tensor([2, 0]))),
-        (lambda: nn.MultiLabelMarginLoss(), (torch.randn(2, 3), torch.tensor([[1, -1, 0]] * 2))),
     ],
 )
 def test_modules_reach_them(make, x):

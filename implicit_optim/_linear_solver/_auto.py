@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left
 from implicit_optim._linear_solver._base import LinearSolver, safeguarded
 from implicit_optim._linear_solver._cg import CG
 from implicit_optim._linear_solver._direct import QR, Cholesky, dense
 from implicit_optim._linear_solver._gmres import GMRES
 from implicit_optim._linear_solver._minres import MINRES
+from implicit_optim._masks import none_left
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution
 

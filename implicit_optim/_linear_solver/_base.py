@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import surely_none, where
 from implicit_optim._checks import Settings
+from implicit_optim._masks import surely_none, where
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import norm, power_of_two

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import chooser, none_left, where
 from implicit_optim._linear_solver._base import Iterative, scaled
+from implicit_optim._masks import chooser, none_left, where
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import dot, norm

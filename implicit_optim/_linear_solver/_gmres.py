@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left, where
 from implicit_optim._linear_solver._base import Iterative, Outcome
+from implicit_optim._masks import none_left, where
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution
 from implicit_optim._vectors import directions, norm, products

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import none_left, surely_none, where
+from implicit_optim._masks import none_left, surely_none, where
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import dot, norm, power_of_two

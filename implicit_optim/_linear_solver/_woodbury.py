@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import where
 from implicit_optim._linear_solver._base import LinearSolver
+from implicit_optim._masks import where
 from implicit_optim._operator import Linearized
 from implicit_optim._solution import Solution, Status, status_of
 from implicit_optim._vectors import norm

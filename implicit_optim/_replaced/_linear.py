@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_optim._ambient import autocast_is_on
-from implicit_optim._batch import is_batched
+from implicit_optim._masks import is_batched
 from implicit_optim._replaced._when import Way, way
 
 

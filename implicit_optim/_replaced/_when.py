@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from implicit_optim._batch import is_batched
+from implicit_optim._masks import is_batched
 
 _LOCAL = threading.local()
 

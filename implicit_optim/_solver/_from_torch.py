@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from implicit_optim._batch import is_batched
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._masks import is_batched
 from implicit_optim._solver._base import Evaluation, Solver, State, Step
 
 _ELEMENTWISE = (

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import where
 from implicit_optim._inner_problem import InnerProblem
+from implicit_optim._masks import where
 from implicit_optim._search import Search
 from implicit_optim._solver._base import Evaluation, Searching, State, Step, move
 from implicit_optim._solver._nonlinear_cg import shortened

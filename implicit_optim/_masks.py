@@ -1,0 +1,80 @@
+"""Masks over a batch of tasks: what may be looked at, early exits, one value or the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def none_left(running: Tensor) -> bool:
+    """Whether a loop over a batch of tasks may stop early.
+
+    Looking costs one host synchronisation. Where the answer cannot be known (under ``vmap``, on the
+    ``meta`` device, while compiling) it is "no", and the loop runs to its end behind masks.
+
+    Args:
+        running: bool ``[*batch]``.
+
+    Returns:
+        True if no task is running any more.
+    """
+    return _is_known(running) and not bool(running.any())
+
+
+def _is_known(mask: Tensor) -> bool:
+    """Whether a mask has numbers that a host can look at."""
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or mask.device.type == "meta" or is_batched(mask))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether ``vmap`` stands between ``x`` and its numbers."""
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(x):  # autograd.grad(is_grads_batched=True)
+        return True
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
+    """``new`` for the tasks in ``mask [*batch]``, ``old`` for the others, over trailing dimensions.
+
+    On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
+    """
+    return chooser(mask)(new, old)
+
+
+def chooser(mask: Tensor) -> Callable[[Tensor | float, Tensor], Tensor]:
+    """`where` with this mask, for several pairs: it is looked at once."""
+    every = none = False
+    if sees_for_free(mask):
+        every = bool(mask.all())
+        none = not every and not bool(mask.any())
+
+    def choose(new: Tensor | float, old: Tensor) -> Tensor:
+        if every and isinstance(new, Tensor):
+            return new
+        if none:
+            return old
+        return torch.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+
+    return choose
+
+
+def sees_for_free(x: Tensor) -> bool:
+    """Whether a host can look at the numbers of ``x``, and looking costs nothing."""
+    return _looking_is_free(x) and _is_known(x)
+
+
+def surely_none(mask: Tensor) -> bool:
+    """Whether the mask is known to be false for every task, where looking costs nothing."""
+    return _looking_is_free(mask) and none_left(mask)
+
+
+def _looking_is_free(mask: Tensor) -> bool:
+    return mask.device.type == "cpu"
