@@ -23,7 +23,14 @@ def count_tasks(name: str, episode: Episode) -> int:
     """The tasks T that the tensors of an episode lead with; raise ``ValueError`` if they do not."""
     if not isinstance(episode, (tuple, list)) or len(episode) < 2:
         raise ValueError(f"{name} must be a tuple (x [T, N, ...], y [T, N, ...])")
-    shapes = [tuple(t.shape) for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
+    if any(t.is_sparse or t.is_sparse_csr for t in tensors):
+        raise ValueError(
+            f"{name} holds a sparse tensor, which cannot be cut into tasks: pass its indices and values "
+            "as dense tensors and build it in forward (a graph network takes edge_index and "
+            "edge_weight), or make it a buffer of the model if all tasks share it"
+        )
+    shapes = [tuple(t.shape) for t in tensors]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] == 0:
         raise ValueError(
             f"{name} must hold tensors that lead with the same number of tasks T >= 1, got the shapes "

@@ -405,3 +405,35 @@ def test_lam_of_a_float64_model_is_not_rounded_to_float32():
         meta = iopt.MetaLearner(model, F.mse_loss, solver=iopt.gd(lr=0.1), lam=given)
         stored = meta.proximal()
         assert stored == 0.7 if given == 0.7 else {k: v.item() for k, v in stored.items()} == lam
+
+
+def test_sparse_data_are_an_error_whose_advice_works():
+    """A sparse adjacency of each task: built in forward from indices and values it is right."""
+    torch.manual_seed(0)
+    a, x, y = torch.rand(2, 4, 4), torch.randn(2, 4, 3), torch.randn(2, 4, 1)
+
+    class Graph(torch.nn.Linear):
+        def forward(self, x, a):
+            return a @ super().forward(x)
+
+    class FromParts(torch.nn.Linear):
+        def forward(self, x, at, values):
+            return torch.sparse_coo_tensor(
+                at, values, (4, 4), check_invariants=True
+            ) @ super().forward(x)
+
+    def losses(kind, *data, batching=None):
+        torch.manual_seed(1)
+        solver = iopt.gd(lr=0.1, max_steps=3)
+        meta = iopt.MetaLearner(
+            kind(3, 1), torch.nn.functional.mse_loss, solver=solver, batching=batching
+        )
+        return meta(data, data)
+
+    dense = losses(Graph, x, a, y)
+    with pytest.raises(ValueError, match="support holds a sparse tensor, .* build it in forward"):
+        losses(Graph, x, a.to_sparse(), y)
+    parts = [t.to_sparse().coalesce() for t in a]
+    at, values = (torch.stack([getattr(p, n)() for p in parts]) for n in ("indices", "values"))
+    ours = losses(FromParts, x, at, values, y, batching=iopt.Batching(chunk_size=1))
+    torch.testing.assert_close(ours, dense)
