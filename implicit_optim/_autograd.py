@@ -143,7 +143,11 @@ class Foreign(ValueError):
     """
 
     def __init__(self, tensor: Tensor, name: str | None = None) -> None:
-        name = name or f"a tensor of shape {tuple(tensor.shape)}"
+        hidden = (
+            f"a tensor of shape {tuple(tensor.shape)} (closed over, or of an earlier evaluation: then "
+            "the model keeps a cache of its parameters; many do in eval mode alone, so call .train())"
+        )
+        name = name or hidden
         super().__init__(
             f"{name} requires grad and takes part in the objective, but is neither in phi, nor in "
             "theta, nor in the data: its gradient would be a part of the true one; pass it in theta, "
