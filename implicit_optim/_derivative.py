@@ -87,9 +87,8 @@ def gradient(values: Callable[[Any], Tensor], x: Any, *, known: Known = None) ->
     with no_checkpoints() if record else _recording(1):
         try:
             return attempt()
-        except (
-            RuntimeError
-        ) as error:  # of torch's batch norm, where a model takes two derivatives itself
+        except RuntimeError as error:
+            # Of torch's batch norm, where a model takes two derivatives itself.
             if "3rd+ order" not in str(error):
                 raise
         with written_out():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,10 +61,12 @@ def check_kinds(*given: Any) -> None:
             raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
-def check_reached(solution: Solution, adapting: dict[str, Tensor]) -> None:
+def check_reached(solution: Solution, anchor: Callable[[], dict[str, Tensor]]) -> None:
     """Raise ``ValueError`` if the first gradient of the support loss was exactly zero everywhere."""
-    empty = not any(p.numel() for p in adapting.values())
-    if not (empty or bool(solution.stats["initial_grad_norm"].any())):
+    if bool(solution.stats["initial_grad_norm"].any()):
+        return
+    adapting = anchor()
+    if any(p.numel() for p in adapting.values()):
         raise ValueError(
             "the support loss does not reach the parameters that adapt: its first gradient is exactly "
             f"zero in every task (parameters {list(adapting)}). See that forward uses them, detaches "

@@ -209,7 +209,7 @@ class MetaLearner(nn.Module):
             ValueError: phi lacks parameters that adapt, or has others.
         """
         needed = set(self._adapting)
-        if self.running_stats is RunningStats.PER_TASK:
+        if self.running_stats is RunningStats.PER_TASK and isinstance(phi, dict):
             needed |= statistics_needed(self.model, phi)
         if not isinstance(phi, dict) or not needed <= phi.keys():
             got = sorted(phi) if isinstance(phi, dict) else type(phi).__name__
@@ -281,5 +281,5 @@ class MetaLearner(nn.Module):
             first_time = name not in self._solves
             self._solves[name] = last
             if name == "minimize" and (first_time or sees_for_free(last.status)):
-                check_reached(last, self.anchor())
+                check_reached(last, self.anchor)
         self.on_solve(name, solution)

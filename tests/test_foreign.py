@@ -354,3 +354,11 @@ def test_the_oracle_agrees_with_the_other_one():
     theirs = implicit_maml(fit, lambda phi, _, batch: fit(phi, batch), theta, 4.0, tasks)
     ours = Kind(net).account("implicit", model, episodes, lam=4.0, steps=200)
     torch.testing.assert_close(ours[:2], theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_predict_tells_swapped_arguments_where_statistics_are_kept():
+    (x, y), (xq, _) = vectors()
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    meta = learner(model, running_stats=iopt.RunningStats.PER_TASK, lam=8.0)
+    with torch.no_grad(), pytest.raises(ValueError, match="phi must hold .* got Tensor"):
+        meta.predict(xq, meta.adapt((x, y)))
