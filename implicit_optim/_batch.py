@@ -1,10 +1,10 @@
-"""Batches of tasks: how a function of one task is evaluated for all, masks and early exits."""
+"""Batches of tasks: in which chunks and threads they are gone through."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -149,95 +149,6 @@ class ByDefault(Batching):
         )
 
 
-def over_tasks(
-    one: Callable[..., Any],
-    first: Any,
-    theta: Any,
-    data: tuple[Any, ...],
-    shared: tuple[bool, ...],
-    batching: Batching = WHOLE,
-    *,
-    call: Callable[[Callable[[], Any], int, bool], Any] = lambda evaluate, start, watched: (
-        evaluate()
-    ),
-    random: bool = False,
-) -> Any:
-    """Evaluate ``one(first, theta, *data)`` for every task.
-
-    Args:
-        one: function of one task.
-        first: pytree of tensors ``[*batch, ...]``.
-        theta: pytree; a batch dimension is mapped where it is not shared.
-        data: pytrees of tensors ``[*batch, ...]``.
-        shared: one flag a batch dimension, outermost first: whether theta lacks it.
-        batching: the chunks in which the outermost dimension is gone through.
-        call: calls ``evaluate``, the function of a chunk, given the chunk's first task and whether
-            somebody must watch that no random number is drawn, which ``vmap`` does by itself.
-        random: whether ``one`` may draw random numbers.
-
-    Returns:
-        A pytree of tensors ``[*batch, ...]``.
-    """
-    if not shared:
-        return call(lambda: one(first, theta, *data), 0, True)
-    tasks = _size(first)
-    loops = batching.loops or tasks == 1
-    places: list[Any] = list(range(tasks)) if loops else batching.chunks(tasks)
-    if loops or len(places) > 1:
-        results = []
-        owns = [theta] * len(places) if shared[0] else _parts(theta, places)
-        each = zip(places, _parts(first, places), owns, _parts(data, places), strict=True)
-        for place, *own in each:
-            start = place if loops else place.start
-            within = lambda evaluate, _, watched, at=start: call(evaluate, at, watched)  # noqa: E731
-            inner = LOOP if loops else WHOLE
-            args = (*own, shared[loops:], inner)
-            results.append(over_tasks(one, *args, call=within, random=random))
-        join: Callable[..., Tensor] = torch.stack if loops else torch.cat
-        return pytree.tree_map(lambda *each: join(each), *results)
-    batched = one
-    for is_shared in reversed(shared):
-        dims = (_dims(first), None if is_shared else _dims(theta), *_dims(data))
-        batched = torch.func.vmap(
-            batched, in_dims=dims, randomness="different" if random else "error"
-        )
-    try:
-        return call(lambda: batched(first, theta, *data), 0, False)
-    except Exception as error:
-        drew = "randomness error mode" in str(error)  # which a loop would have to watch for
-        if drew or not isinstance(batching, ByDefault) or torch.compiler.is_compiling():
-            raise
-        refusal = error
-    result = over_tasks(one, first, theta, data, shared, LOOP, call=call, random=random)
-    batching.refused(refusal)
-    return result
-
-
-def _parts(tree: Any, places: list[Any]) -> list[Any]:
-    """The tree at every place, by one differentiable operation a tensor."""
-    leaves, spec = pytree.tree_flatten(tree)
-
-    def split(leaf: Any) -> Sequence[Any]:
-        if not isinstance(leaf, Tensor):
-            return [leaf] * len(places)
-        if isinstance(places[0], int):
-            return leaf.unbind()
-        return leaf.split([place.stop - place.start for place in places])
-
-    columns = [split(leaf) for leaf in leaves]
-    return [pytree.tree_unflatten([c[i] for c in columns], spec) for i in range(len(places))]
-
-
 def pick(tree: Any, where: int | slice | tuple[int, ...]) -> Any:
     """Index every tensor of a tree."""
     return pytree.tree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def _dims(tree: Any) -> Any:
-    if tree is None or isinstance(tree, Tensor):  # the usual case, without a walk
-        return None if tree is None else 0
-    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
-
-
-def _size(tree: Any) -> int:
-    return next(leaf.shape[0] for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))

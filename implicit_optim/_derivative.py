@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import twice_differentiable
 from implicit_optim._autograd import check_closed, foreign
 from implicit_optim._replaced import along_cotangents, noting_leaves, recording, written_out
 
@@ -108,11 +107,10 @@ def second_order(values: Callable[[Any], Tensor], x: Any, *, known: Known = None
     """
     if not _alone():
         first = torch.func.grad(_sum_and_values(values), has_aux=True)
-        with twice_differentiable():
-            slope, pull, each = cast(Any, torch.func.vjp(first, x, has_aux=True))
+        slope, pull, each = cast(Any, torch.func.vjp(first, x, has_aux=True))
         return slope, lambda direction: pull(direction)[0], each
     leaves, spec = pytree.tree_flatten(x)
-    with _recording(2), twice_differentiable():
+    with _recording(2):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         each = _checked(lambda: values(pytree.tree_unflatten(leaves, spec)), leaves, known)
         slopes = _grad([each], leaves, create_graph=True)
@@ -140,11 +138,10 @@ def vjp(
         The value, and the function from cotangents like the value to a pytree like x.
     """
     if not _alone():
-        with twice_differentiable():
-            out, pull = cast(Any, torch.func.vjp(fn, x))
+        out, pull = cast(Any, torch.func.vjp(fn, x))
         return out, lambda cotangent: pull(cotangent)[0]
     leaves, spec = pytree.tree_flatten(x)
-    with _recording(2), twice_differentiable():
+    with _recording(2):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         result = _checked(lambda: fn(pytree.tree_unflatten(leaves, spec)), leaves, known)
         out, out_spec = pytree.tree_flatten(result)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._autograd import (
     apply,
     forward_mode,
@@ -35,6 +34,7 @@ from implicit_optim._operator import (
     Operator,
     SafeguardedHessian,
 )
+from implicit_optim._precision import full_precision
 from implicit_optim._solution import OnSolve
 
 Curvature = Callable[[InnerProblem, Tensor], Operator]
@@ -246,7 +246,7 @@ class _ReverseImplicit(torch.autograd.Function):
         phi, tensors = saved(ctx)
         w = ctx.rule.solve(phi, tensors, v, transposed=True)
         needed = list(ctx.needs_input_grad[2:])
-        with twice_differentiable(), full_precision(phi.device):
+        with full_precision(phi.device):
             return (None, None, *ctx.rule.mixed(phi, tensors, needed, -w))
 
     @staticmethod
@@ -293,7 +293,7 @@ class ImplicitMetaGradient(_ReverseImplicit):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """One mixed Jacobian-vector product, one linear solve."""
         phi, tensors = saved(ctx, forward=True)
-        with twice_differentiable(), full_precision(phi.device):
+        with full_precision(phi.device):
             change = push_forward(lambda ts: ctx.rule.bind(ts).grad(phi), tensors, tangents[2:])
         if change is None:
             return torch.zeros_like(phi)

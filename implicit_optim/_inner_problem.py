@@ -15,14 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicit_optim._ambient import Ambient
 from implicit_optim._batch import Batching, ByDefault, pick
 from implicit_optim._derivative import SecondOrder, gradient, second_order
+from implicit_optim._evaluator import Evaluator
 from implicit_optim._flat import Layout, keystr
 from implicit_optim._objective import Equations, InnerObjective, Objective
 from implicit_optim._outputs import as_returned, only_tensors
 from implicit_optim._quadratic import Quadratic, inverse_proximal, proximal
-from implicit_optim._replaced import replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +35,7 @@ class InnerProblem:
         data: tuple of pytrees; every tensor carries the batch dimensions.
         shared: one flag per batch dimension, outermost first: whether theta is the same for all its
             elements (no such dimension in theta's tensors) or carries the dimension too.
-        ambient: precision and random numbers of every evaluation.
-        batching: how the tasks of a batch are evaluated and solved.
-        first: place of the first task in the batch that this problem is a part of.
+        evaluator: how every evaluation is made for all tasks: batching, precision, random numbers.
         term: the proximal term on flat vectors, where it need not be made anew for every evaluation.
         closed: whether a tensor that wants a gradient and is in neither phi, theta nor data is an error.
 
@@ -56,9 +53,7 @@ class InnerProblem:
     theta: Any
     data: tuple[Any, ...]
     shared: tuple[bool, ...]
-    ambient: Ambient
-    batching: Batching
-    first: int = 0
+    evaluator: Evaluator
     term: Quadratic | None = None
     closed: bool = False
 
@@ -102,10 +97,9 @@ class InnerProblem:
         for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
             if isinstance(leaf, Tensor) and leaf.ndim > 0:
                 _check_device(f"theta{keystr(path)}", leaf, first)
-        ambient = Ambient.now(first.device, seed)
         batching = ByDefault() if batching is None else batching
-        shared = (True,) * batch_ndim
-        return cls(objective, layout, theta, data, shared, ambient, batching)
+        evaluator = Evaluator.now(first.device, seed, batching)
+        return cls(objective, layout, theta, data, (True,) * batch_ndim, evaluator)
 
     # -- values and derivatives of the sum over the batch ------------------------------------------
 
@@ -141,7 +135,7 @@ class InnerProblem:
     def losses(self, output: Any) -> Float[Tensor, "*batch"]:
         """The structured objective's loss of every task, given its predictions."""
         loss = self.structured.loss
-        one = lambda o, _, y: _scalar(replaced(loss, as_returned(o), y))  # noqa: E731
+        one = lambda o, _, y: _scalar(loss(as_returned(o), y))  # noqa: E731
         return self._vmap(one, output, None, self.data[-1:])
 
     def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
@@ -213,12 +207,11 @@ class InnerProblem:
 
     def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
         unravel = self.layout.unravel
-        return self._vmap(lambda p, *rest: replaced(term, unravel(p), *rest), phi, theta, data)
+        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
 
     def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
         """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
-        args = (first, theta, data, self.shared, self.batching)
-        return self.ambient.over_tasks(one, *args, start=self.first)
+        return self.evaluator.map(one, first, theta, data, self.shared)
 
     # -- tensors in and out, for the autograd.Functions --------------------------------------------
 
@@ -258,7 +251,7 @@ class InnerProblem:
             place = chunk.start if chunk.stop - chunk.start == 1 else chunk
             return solve(self._part(place), place)
 
-        return self.batching.run(of, tasks)
+        return self.evaluator.batching.run(of, tasks)
 
     def _part(self, place: slice | int) -> InnerProblem:
         """The problems of a chunk; that of one task without the dimension: there is nothing to batch."""
@@ -268,8 +261,7 @@ class InnerProblem:
             data=pick(self.data, place),
             theta=self.theta if self.shared[0] else pick(self.theta, place),
             shared=self.shared[1:] if alone else self.shared,
-            batching=self.batching.within,
-            first=self.first + (place if isinstance(place, int) else place.start),
+            evaluator=self.evaluator.part(place),
             term=self.term if all(self.shared) else None,
         )
 

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._ambient import full_precision
 from implicit_optim._autograd import (
     apply,
     forward_mode,
@@ -22,6 +21,7 @@ from implicit_optim._autograd import (
 )
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
+from implicit_optim._precision import full_precision
 from implicit_optim._solution import OnSolve, Solution, joined, led
 from implicit_optim._vectors import norm
 

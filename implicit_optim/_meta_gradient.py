@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._ambient import full_precision, twice_differentiable
 from implicit_optim._implicit import Curvature, attach_flat
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._masks import where
 from implicit_optim._minimize import run, solve
 from implicit_optim._operator import Hessian
+from implicit_optim._precision import full_precision
 from implicit_optim._solution import OnSolve, Solution, Status
 from implicit_optim._solver import Solver
 
@@ -277,7 +277,7 @@ def _unrolled(
             f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
         )
     anchor = problem.layout.ravel(problem.theta[0]).expand_as(start)
-    with twice_differentiable(), full_precision(start.device):
+    with full_precision(start.device):
         init = anchor if graph_from == 0 else start
         solution = run(problem.prepared(), init, solver, graph_from=graph_from)
     on_solve("minimize", solution)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implicit_optim._ambient import Ambient, draw_seed
 from implicit_optim._batch import Batching, ByDefault
+from implicit_optim._evaluator import Evaluator
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._learner_checks import (
     Episode,
@@ -28,7 +28,8 @@ from implicit_optim._objective import Objective
 from implicit_optim._outputs import as_returned, only_tensors
 from implicit_optim._proximal import Proximal
 from implicit_optim._quadratic import proximal
-from implicit_optim._query_loss import OfTasks, query_losses
+from implicit_optim._query_loss import of_tasks, query_losses
+from implicit_optim._random import draw_seed
 from implicit_optim._report import Report, Warn, remembered
 from implicit_optim._running_stats import RunningStats, check_statistics, statistics_needed
 from implicit_optim._solution import OnSolve, Solution
@@ -150,14 +151,12 @@ class MetaLearner(nn.Module):
             raise ValueError(
                 f"support has {tasks} tasks but query has {asked}: they belong together"
             )
-        seed, model = self._seed(), AsFunction(self.model)
+        evaluator, model = self._evaluator(support), AsFunction(self.model)
         with foreign_tensors_named(self):
-            phi = self._adapt(model, support, seed)
-            query_loss = self._objective(model.under(self._by_batch(adapting=False))).fit
-            # Other random numbers than those of the support set, from the same draw.
-            asked_seed = None if seed is None else ~seed
+            phi = self._adapt(model, support, evaluator)
+            loss = self._objective(model.under(self._by_batch(adapting=False))).fit
             data = with_parameters(self.loss, query, tasks)
-            losses = query_losses(self._of_tasks(query_loss, phi, data, asked_seed), phi)
+            losses = query_losses(loss, phi, data, evaluator.other_draw())
         return self.meta_gradient.outer(self.anchor(), phi, losses)
 
     if TYPE_CHECKING:  # torch types the call of any module as Any
@@ -175,13 +174,15 @@ class MetaLearner(nn.Module):
             also the statistics.
         """
         with foreign_tensors_named(self):
-            return self._adapt(AsFunction(self.model), support, self._seed())
+            return self._adapt(AsFunction(self.model), support, self._evaluator(support))
 
-    def _adapt(self, model: AsFunction, support: Episode, seed: int | None) -> dict[str, Tensor]:
+    def _adapt(
+        self, model: AsFunction, support: Episode, evaluator: Evaluator
+    ) -> dict[str, Tensor]:
         tasks = count_tasks("support", support)
         check_statistics(self.model, self.running_stats)
         model = model.under(self._by_batch(adapting=True))
-        problem = self._inner_problem(model, tasks, support, seed)
+        problem = self._inner_problem(model, tasks, support, evaluator)
         start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._heard)
         phi = problem.layout.unravel(flat)
@@ -191,7 +192,7 @@ class MetaLearner(nn.Module):
                 inputs, keywords = arguments(self.model, inputs)
                 return model.statistics(phi, *inputs, **keywords)
 
-            phi = phi | self._of_tasks(statistics, phi, tuple(support[:-1]), seed)(phi)
+            phi = phi | of_tasks(statistics, phi, tuple(support[:-1]), evaluator)
         return phi
 
     def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
@@ -218,7 +219,7 @@ class MetaLearner(nn.Module):
         model = AsFunction(self.model, self._by_batch(adapting=False))
         outputs = self._objective(model).predict
         one = lambda phi, *inputs: only_tensors(outputs(phi, *inputs))  # noqa: E731
-        return as_returned(self._of_tasks(one, phi, inputs, self._seed())(phi))
+        return as_returned(of_tasks(one, phi, inputs, self._evaluator(inputs)))
 
     def report(self) -> Report:
         """What happened in the last solves: how many tasks failed and why, how exact the others are.
@@ -247,11 +248,15 @@ class MetaLearner(nn.Module):
             adapting or self.running_stats is RunningStats.BATCH
         )
 
-    def _seed(self) -> int | None:
-        return draw_seed() if self.stochastic else None
+    def _evaluator(self, data: tuple[Any, ...]) -> Evaluator:
+        """How one call evaluates tasks like these."""
+        device = next(p.device for p in self.anchor().values())
+        seed = draw_seed() if self.stochastic else None
+        batching = (self.batching or self._by_default).suited_to(data)
+        return Evaluator.now(device, seed, batching)
 
     def _inner_problem(
-        self, model: AsFunction, tasks: int, support: Episode, seed: int | None
+        self, model: AsFunction, tasks: int, support: Episode, evaluator: Evaluator
     ) -> InnerProblem:
         anchor = self.anchor()
         phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
@@ -261,17 +266,8 @@ class MetaLearner(nn.Module):
             (anchor, self.proximal()),
             *with_parameters(self.loss, support, tasks),
             batch_ndim=1,
-            seed=seed,
-            batching=(self.batching or self._by_default).suited_to(support),
         )
-        return replace(problem, closed=True)
-
-    def _of_tasks(
-        self, one: Callable[..., Any], phi: Any, data: tuple[Any, ...], seed: int | None
-    ) -> OfTasks:
-        ambient = Ambient.now(next(iter(phi.values())).device, seed)
-        batching = (self.batching or self._by_default).suited_to(data)
-        return OfTasks(one, data, ambient, batching)
+        return replace(problem, evaluator=evaluator, closed=True)
 
     def _heard(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._ambient import full_precision
 from implicit_optim._batch import Batching
 from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._l1 import L1
 from implicit_optim._masks import none_left, sees_for_free, surely_none, where
 from implicit_optim._objective import Equations, InnerObjective
+from implicit_optim._precision import full_precision
 from implicit_optim._solution import Solution, Status, joined, led
 from implicit_optim._solver import Solver
 from implicit_optim._vectors import largest, norm
@@ -102,11 +102,8 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
 
     def part(problem: InnerProblem, tasks: slice | int) -> Solution:
         start = init[tasks].clone()  # because a task that takes no step must not return init itself
-        solution = problem.ambient.hold(
-            lambda ambient: run(replace(problem, ambient=ambient), start, solver),
-            watched=lambda: not problem.shared or problem.batching.loops,
-        )
-        return led(solution, tasks)
+        solve = lambda evaluator: run(replace(problem, evaluator=evaluator), start, solver)  # noqa: E731
+        return led(problem.evaluator.entered_once(solve, batched=bool(problem.shared)), tasks)
 
     with torch.no_grad(), full_precision(init.device):
         return joined(problem.parts(part, init.shape[0]))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from implicit_optim._ambient import uncompiled
 from implicit_optim._batch import in_worker
+from implicit_optim._kernels import uncompiled
 from implicit_optim._running_stats import Policy
 
 # Who calls a module with other tensors in its places holds its lock.

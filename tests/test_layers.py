@@ -19,7 +19,11 @@ SOURCES = Path(implicit_optim.__file__).parent  # of the source tree, or of an i
 
 # The layer of each module or subpackage. An import goes downwards or stays in its layer.
 LAYERS = {
-    "_ambient": 0,
+    "_evaluator": 0,
+    "_hints": 0,
+    "_kernels": 0,
+    "_precision": 0,
+    "_random": 0,
     "_autograd": 0,
     "_batch": 0,
     "_checks": 0,

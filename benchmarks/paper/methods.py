@@ -116,7 +116,7 @@ class Amigo(iopt.MetaGradient):
             *fixed.data,
             solver=solver,
             batch_ndim=1,
-            batching=fixed.batching,
+            batching=fixed.evaluator.batching,
         )
         phi = layout.ravel(solution.value)
         self.pool.keep("offset", phi - start)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_optim._ambient import autocast_is_on
 from implicit_optim._autograd import lead
 from implicit_optim._masks import is_batched
+from implicit_optim._precision import autocast_is_on
 from implicit_optim._replaced._when import Way, fold, is_linear, unfold, way
 
 # stride, padding, dilation, transposed, output_padding, groups

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_optim._ambient import autocast_is_on
 from implicit_optim._masks import is_batched
+from implicit_optim._precision import autocast_is_on
 from implicit_optim._replaced._when import Way, way
 
 
