@@ -55,8 +55,26 @@ def machine():
 def save(name, rows, folder=RESULTS):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(compact({"machine": machine(), "rows": rows}) + "\n")
     return path
+
+
+def compact(value):
+    """JSON with a line for each record (a dict in a list), floats to four digits."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return "[\n" + ",\n".join(json.dumps(rounded(v)) for v in value) + "\n]"
+    if isinstance(value, dict) and any(isinstance(v, (dict, list)) for v in value.values()):
+        parts = (f"{json.dumps(str(key))}: {compact(v)}" for key, v in value.items())
+        return "{\n" + ",\n".join(parts) + "\n}"
+    return json.dumps(rounded(value))
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def table(rows):

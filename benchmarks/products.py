@@ -311,6 +311,7 @@ def compare(p):
 
 
 def needed(row, budget):
+    """Products to each of `LEVELS`."""
     pairs = list(zip(row["products"], row["errors"], strict=True))
     first = [next((f"{k:.3g}" for k, e in pairs if e <= to), f"not in {budget}") for to in LEVELS]
     return {"method": row["method"]} | {f"{to:.0e}": k for to, k in zip(LEVELS, first, strict=True)}
@@ -354,7 +355,7 @@ def problems():
 
 
 def main():
-    dtype, panels = torch.get_default_dtype(), {}
+    dtype, panels, rows = torch.get_default_dtype(), {}, []
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(0)
@@ -364,8 +365,10 @@ def main():
         for p in problems():
             compare(p)
             panels[p.name] = list(curves(p))
-            print(f"\n{p.name}:\n\n{table([needed(row, p.budget) for row in panels[p.name]])}")
+            found = [needed(row, p.budget) for row in panels[p.name]]
+            rows += [{"problem": p.name} | row for row in found]
+            print(f"\n{p.name}:\n\n{table(found)}")
     finally:
         torch.set_default_dtype(dtype)
-    path = save("products", [row for rows in panels.values() for row in rows])
+    path = save("products", rows)
     print(f"\nsaved {path} and {picture(panels)}")

@@ -7,7 +7,6 @@ the minimiser in whose basin the inner solver ended, by dense algebra. Wrong wit
 over the budget, is not solved.
 """
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import implicit_optim as iopt
-from benchmarks.measure import RESULTS, machine, table
+from benchmarks.measure import RESULTS, save, table
 from benchmarks.zoo import F64, zoo
 
 TOLERANCES = (1e-1, 1e-3, 1e-6, 1e-9)  # of the first gradient, and of ||v||
@@ -226,6 +225,8 @@ def combinations():
 
 # -- profiles --------------------------------------------------------------------------------------
 
+TITLES = ("inner solver", "linear solver", "curvature of the meta-gradient")
+
 
 def ratios(results, keys):
     """Cost over the cheapest of `keys` on the same problem; inf where it was not solved."""
@@ -242,6 +243,12 @@ def share(values, tau):
     return sum(r <= tau for r in values) / len(values)
 
 
+def shares(values):
+    solved = share(values, math.inf) - values.count(math.inf) / len(values)
+    within = {"best": 1.0, "within 2": 2.0, "within 8": 8.0}
+    return {name: share(values, tau) for name, tau in within.items()} | {"solved": solved}
+
+
 def best_by_choice(results, place):
     """For each option at one place of the combination: its cheapest cost with the others free."""
     merged = []
@@ -254,25 +261,37 @@ def best_by_choice(results, place):
     return merged
 
 
+def by_choice(results):
+    """Bound, what is chosen, and the ratios of its options with the best of all others."""
+    every = combinations()
+    for bound in BOUNDS:
+        whole = [costs[bound] for costs in results]
+        for place, title in enumerate(TITLES):
+            options = list(dict.fromkeys(key.split(" | ")[place] for key in every))
+            yield bound, title, ratios(best_by_choice(whole, place), options)
+
+
+def choices(results):
+    for bound, title, found in by_choice(results):
+        for name, values in found.items():
+            yield {"error": f"{bound:g}", "choice": title, "option": name} | shares(values)
+
+
 def draw(results, path):
-    titles = ("inner solver", "linear solver", "curvature of the meta-gradient")
     fig, every = plt.subplots(
         2, 3, figsize=(12, 6.6), sharex=True, sharey=True, layout="constrained"
     )
     taus = [2 ** (i / 20) for i in range(141)]
-    options = [list(dict.fromkeys(k.split(" | ")[i] for k in combinations())) for i in range(3)]
-    for bound, line in zip(BOUNDS, every, strict=True):
-        whole = [costs[bound] for costs in results]
-        for place, axes in enumerate(line):
-            found = ratios(best_by_choice(whole, place), options[place])
-            for i, (name, values) in enumerate(found.items()):
-                style = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
-                axes.step(taus, [share(values, tau) for tau in taus], label=name, **style)
-            axes.set(xscale="log", ylim=(0, 1.02), title=f"{titles[place]}, error {bound:g}")
-            axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
-            axes.minorticks_off()
-            axes.legend(fontsize=8, loc="lower right")
-        line[0].set_ylabel("share of the problems")
+    for axes, (bound, title, found) in zip(every.flat, by_choice(results), strict=True):
+        for i, (name, values) in enumerate(found.items()):
+            style = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
+            axes.step(taus, [share(values, tau) for tau in taus], label=name, **style)
+        axes.set(xscale="log", ylim=(0, 1.02), title=f"{title}, error {bound:g}")
+        axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
+        axes.minorticks_off()
+        axes.legend(fontsize=8, loc="lower right")
+    for axes in every[:, 0]:
+        axes.set_ylabel("share of the problems")
     for axes in every[1]:
         axes.set_xlabel("gradients, times those of the best")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,16 +316,10 @@ def main(folder=RESULTS, seeds=SEEDS):
                     "inner solver": inner,
                     "linear solver": linear,
                     "curvature": curvature,
-                    "best": share(values, 1.0),
-                    "within 2": share(values, 2.0),
-                    "within 8": share(values, 8.0),
-                    "solved": share(values, math.inf) - values.count(math.inf) / len(values),
                 }
+                | shares(values)
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "profiles.json"
-    kept = [{str(k): v for k, v in r.items()} for r in results]
-    saved.write_text(json.dumps({"machine": machine(), "rows": rows, "costs": kept}) + "\n")
+    saved = save("profiles", list(choices(results)), folder)
     picture = folder.parents[1] / "docs" / "pictures" / "profiles.png"
     draw(results, picture if folder == RESULTS else folder / "profiles.png")
     for bound in BOUNDS:

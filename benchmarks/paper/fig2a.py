@@ -74,7 +74,7 @@ def main(args):
         for name, rule in RULES.items():
             make = partial(errors, quadratics, k, rule)
             rows[-1][name] = median(points(f"{name}, {k} steps", make))
-    saved = save("fig2a", {"seed": args.seed, "median": rows, "tasks": points.values}, args.out)
+    saved = save("fig2a", {"seed": args.seed, "median": rows}, args.out)
     draw(STEPS, rows, args.out / "fig2a.png")
     print(
         table([{k: f"{v:.2g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])

@@ -2,7 +2,8 @@
 
     python -m benchmarks.paper summary
 
-Copy the `results.json` of a run into benchmarks/results/paper/ under a name of its own.
+`--keep runs/.../results.json NAME` first puts what they show of a run into
+benchmarks/results/paper/omniglot-NAME.json: not the loss of every meta-step.
 """
 
 import json
@@ -13,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import RESULTS, table
+from benchmarks.measure import RESULTS, compact, table
 from benchmarks.paper.few_shot import METHODS
 from benchmarks.paper.table2 import PAPER
 
@@ -29,6 +30,15 @@ COLORS = {
 def arguments(parser):
     parser.add_argument("--results", type=Path, default=RESULTS / "paper")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/paper-table2.png"))
+    parser.add_argument("--keep", nargs=2, metavar=("FILE", "NAME"), help="add a run")
+
+
+def kept(run):
+    """What the table and the picture show of a run, and on which machine it was."""
+    names = ("settings", "machine", "minutes", "transductive", "support only", "validation")
+    shares = run["truncated"]
+    mean = [sum(shares) / len(shares)] if shares else []
+    return {name: run[name] for name in names} | {"truncated": mean}
 
 
 def load(folder):
@@ -82,9 +92,15 @@ def draw(runs, path):
 
 
 def main(args):
+    if args.keep:
+        run = json.loads(Path(args.keep[0]).read_text())
+        path = args.results / f"omniglot-{args.keep[1]}.json"
+        path.write_text(compact(kept(run)) + "\n")
     runs = load(args.results)
     if not runs:
-        raise SystemExit(f"no omniglot-*.json in {args.results}: run table2, and copy its results")
+        raise SystemExit(
+            f"no omniglot-*.json in {args.results}: run table2, and --keep its results"
+        )
     draw(runs, args.out)
     print(table([row(run) for run in runs]))
     print(f"\nsaved {args.out}")
