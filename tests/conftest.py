@@ -46,6 +46,12 @@ def _fresh_torch():
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture
+def double():
+    """Double precision by default: `pytestmark = pytest.mark.usefixtures("double")`."""
+    torch.set_default_dtype(torch.float64)
+
+
 @pytest.fixture(scope="session")
 def omniglot_zips(tmp_path_factory):
     """A folder with Omniglot's 964 + 659 characters as zips, four tiny random drawings of each."""

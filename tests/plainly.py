@@ -106,6 +106,32 @@ def by_module(model):
 # -- kinds of models ---------------------------------------------------------------------------------
 
 
+class Perceptron(nn.Module):
+    """Three numbers in, one out; what a kind is about is in `forward`, or in the layers."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, width), nn.Linear(width, 1)
+
+    def hidden(self, x):
+        return self.a(x).tanh()
+
+    def forward(self, x):
+        return self.b(self.hidden(x))
+
+
+def sequential(width=4, outputs=1):
+    """The same in torch's words: parameters in the same order."""
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, outputs))
+
+
+def patched():
+    """Its `forward` is an attribute of its own, which closes over it."""
+    model = Perceptron()
+    model.forward = lambda x: model.b(model.a(x).tanh())
+    return model
+
+
 def vectors(n_in=3, tasks=2, support=5, query=4):
     return [(torch.randn(tasks, n, n_in), torch.randn(tasks, n, 1)) for n in (support, query)]
 
@@ -166,6 +192,10 @@ def learner(model, loss=F.mse_loss, rule="implicit", **settings):
 
 def adapting_of(model):
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+
+def one_gradient(meta, support, query):
+    meta(support, query).mean().backward()
 
 
 def of_library(meta, support, query, adapting=None):

@@ -13,10 +13,7 @@ THREADS = iopt.Batching(chunk_size=1, threads=2)
 FEW = iopt.gd(lr=0.1, max_steps=3)
 DRAWS = r"draws random numbers .*minimize and attach the same seed=.*MetaLearner stochastic=True"
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def episodes(tasks=2, support=5, query=4):

@@ -11,10 +11,7 @@ import implicit_optim as iopt
 
 EXACT = iopt.GMRES(rtol=1e-13)
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def swirl(phi, theta, x):

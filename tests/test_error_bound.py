@@ -13,10 +13,7 @@ CG_STEPS = (0, 1, 2, 4, 8)
 TASKS, N, DIM = 250, 12, 4  # a batch; 10,000 problems in 4 lams x 5 CG budgets x 2 families
 SIGMOID_3 = 1 / (6 * math.sqrt(3))  # the largest third derivative of softplus
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def logistic(phi, x, y):

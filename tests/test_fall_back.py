@@ -18,6 +18,7 @@ from plainly import (
     THREADS,
     VMAP,
     Kind,
+    Perceptron,
     adapting_of,
     assert_equal,
     check,
@@ -25,28 +26,27 @@ from plainly import (
     images,
     learner,
     of_library,
+    one_gradient,
     over,
+    patched,
     said_once,
+    sequential,
     snapshot,
     vectors,
 )
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
-class Net(nn.Module):
-    """Two layers, with something between them that a kind is about."""
+class Net(Perceptron):
+    """With something between its layers, or after them, that a kind is about."""
 
     def __init__(self, inside=lambda x, h: h, after=lambda out: out):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 1)
+        super().__init__(3)
         self.inside, self.after = inside, after
 
     def forward(self, x):
-        return self.after(self.b(self.inside(x, self.a(x).tanh())))
+        return self.after(self.b(self.inside(x, self.hidden(x))))
 
 
 # -- what vmap refuses (findings, part 1, rows 9 and 11) ---------------------------------------------
@@ -137,7 +137,7 @@ def classes():
 
 
 def two_outputs():
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    return sequential(3, outputs=2)
 
 
 def smoothed(output, target):
@@ -226,7 +226,7 @@ def test_it_is_said_once_a_learner():
         meta = learner(kind.build())
         with said_once():
             for _ in range(3):
-                meta(support, query).mean().backward()
+                one_gradient(meta, support, query)
                 meta.predict(meta.adapt(support), query[0])
         assert "one by one" in str(meta.report())
     kind = REFUSED["query only"]
@@ -321,12 +321,6 @@ def closes_over_itself():
     return model
 
 
-def patched():
-    model = Net()
-    model.forward = lambda x: model.b(model.a(x).tanh())
-    return model
-
-
 class StoresInItself(Net):
     def __init__(self):
         super().__init__()
@@ -342,8 +336,7 @@ class StoresInItself(Net):
 def test_a_closure_cannot_follow_into_threads_and_says_so(make):
     support, query = vectors()
     with pytest.raises((RuntimeError, ValueError), match="threads"):
-        meta = learner(make(), batching=THREADS)
-        meta(support, query).mean().backward()
+        one_gradient(learner(make(), batching=THREADS), support, query)
 
 
 # -- two learners at once ----------------------------------------------------------------------------

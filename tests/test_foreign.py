@@ -22,18 +22,17 @@ from plainly import (
     flat,
     learner,
     of_library,
+    one_gradient,
+    sequential,
     task,
     vectors,
 )
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def net():
-    return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    return sequential(2)
 
 
 def slope(f, tensors, directions, eps=1e-5):
@@ -236,10 +235,6 @@ class Hiding(nn.Module):
         t = self.temperature
         t = {"attribute": lambda: t, "list": lambda: t[0], "dict": lambda: t["t"]}[self.place]()
         return self.layers(x) * t.mean()
-
-
-def one_gradient(meta, support, query):
-    meta(support, query).mean().backward()
 
 
 NAMED = r"(?is)(?=.*requires.grad)(?=.*(temperature|7, 1))"

@@ -20,10 +20,7 @@ from plainly import BATCH, LOOP, VMAP, Kind, check, every_rule, over
 
 EPS = 0.3  # gentle curvature
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 # -- an energy, and its derivatives in x -------------------------------------------------------------

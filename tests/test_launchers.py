@@ -19,10 +19,7 @@ from implicit_optim.tasks import MLP, sinusoids
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, LR, CLIP, DECAY = 6, 0.02, 0.1, 0.5
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def learner(**settings):

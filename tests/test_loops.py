@@ -16,10 +16,7 @@ from per_task import EXACT, assert_same, learned, tasks_of
 
 LAM, LR = 5.0, 0.08
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def end_to_end(tensors):

@@ -16,8 +16,8 @@ pytest.importorskip("PIL")
 import implicit_optim as iopt  # noqa: E402
 from benchmarks.paper import few_shot, methods  # noqa: E402
 from benchmarks.paper.quadratics import Quadratics  # noqa: E402
+from few_shot_runs import SMALL, SPLIT, network  # noqa: E402
 from implicit_optim.tasks import ConvNet, Episodes  # noqa: E402
-from test_paper import SMALL, SPLIT, network  # noqa: E402
 
 # ------------------------------------------------------------------ AmIGO and SOBA by dense algebra
 

@@ -19,10 +19,7 @@ SWITCHES = {
     "math": torch.backends.cuda.enable_math_sdp,
 }
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def switches():

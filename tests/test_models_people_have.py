@@ -29,10 +29,7 @@ from per_task import (
 VMAP, LOOP = iopt.Batching(), iopt.Batching(chunk_size=1)
 LAM = 8.0
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def learner(model, loss, **settings):

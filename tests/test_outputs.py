@@ -16,10 +16,7 @@ from per_task import EXACT, NEWTON, assert_same, expected, flat, learned, tasks_
 VMAP, LOOP = iopt.Batching(), iopt.Batching(chunk_size=1)
 LAM = 5.0
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def learner(model, loss=F.mse_loss, **settings):

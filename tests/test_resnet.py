@@ -19,10 +19,7 @@ LAM, LR = 4.0, 0.02
 CLASSES = 3
 NORMS_AND_HEAD = ("bn", "downsample.1", "fc")  # 11,139 numbers of 11 million, in every block
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @functools.cache

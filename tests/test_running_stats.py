@@ -23,10 +23,7 @@ from per_task import (
 
 LAM = 6.0
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def dense(tracked=True, affine=True):

@@ -29,10 +29,7 @@ LAM = 8.0
 POLICIES = {"batch": BATCH, "frozen": FROZEN, "per task": PER_TASK}
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Net(nn.Module):

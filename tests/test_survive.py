@@ -15,10 +15,7 @@ VMAP, LOOP = iopt.Batching(), iopt.Batching(chunk_size=1)
 FEW = iopt.gd(lr=0.1, max_steps=4)
 BAD = [math.nan, -math.inf]
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def episodes():

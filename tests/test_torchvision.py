@@ -173,13 +173,9 @@ CLASSIFIERS = {
 SEGMENTERS = {"lraspp": (lraspp, 32), "fcn": (fcn, 32)}
 BODIES = {"feature pyramid": (pyramid, 32), "fx feature extractor": (extractor, 32)}
 # torch's own way with one pooled pixel of an image in channels_last; the numbers are right.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop.*as_strided_")
+AS_STRIDED = "ignore:There is a performance drop.*as_strided_"
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings(AS_STRIDED)]
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
 
 
 def few_adapt(net):
