@@ -1,156 +1,87 @@
 """Exact, cheap gradients through an inner optimisation problem in PyTorch: implicit MAML and beyond."""
 
-from implicit_optim._batch import Batching
-from implicit_optim._error_bound import error_bound
-from implicit_optim._flat import Layout
+import importlib
+import warnings
+from typing import Any
+
+from implicit_optim import _vectors
+from implicit_optim._evaluation import Batching, RunningStats
 from implicit_optim._implicit import ImplicitMetaGradient, attach
-from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._l1 import L1
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import (
-    CG,
-    GMRES,
-    MINRES,
-    QR,
-    Auto,
-    Cholesky,
-    LinearSolver,
-    Neumann,
-    Woodbury,
-)
+    CG, GMRES, MINRES, QR, Auto, Cholesky, LinearSolver, Neumann, Woodbury,
+)  # fmt: skip
 from implicit_optim._meta_gradient import (
-    FirstOrder,
-    Implicit,
-    MetaGradient,
-    Reptile,
-    Truncated,
-    Unrolled,
-)
+    FirstOrder, Implicit, MetaGradient, Reptile, Truncated, Unrolled,
+)  # fmt: skip
 from implicit_optim._meta_learner import MetaLearner
 from implicit_optim._minimize import minimize
-from implicit_optim._objective import FixedPoint, Objective, Root
 from implicit_optim._operator import (
-    Damped,
-    Dense,
-    Diagonal,
-    EmpiricalFisher,
-    GaussNewton,
-    Hessian,
-    Jacobian,
-    Linearized,
-    LowRank,
-    Operator,
-    Product,
+    Damped, Dense, Diagonal, EmpiricalFisher, GaussNewton, Hessian, Jacobian, Linearized, Operator,
     SafeguardedHessian,
-    Scaled,
-    Sum,
-)
-from implicit_optim._proximal import Proximal
-from implicit_optim._quadratic import inverse_proximal, proximal
-from implicit_optim._report import Ignore, Raise, Report, SolveError, SolveWarning, Warn
-from implicit_optim._running_stats import RunningStats
-from implicit_optim._search import Armijo, FixedStep, Line, Search
-from implicit_optim._solution import Solution, Status
+)  # fmt: skip
+from implicit_optim._operator import algebra as _algebra
+from implicit_optim._operator import base as _operator
+from implicit_optim._outcome import (
+    Ignore, Raise, Report, Solution, SolveError, SolveWarning, Status, Warn, error_bound,
+)  # fmt: skip
+from implicit_optim._problem import (
+    L1, FixedPoint, InnerProblem, Objective, Proximal, Root, inverse_proximal, proximal,
+)  # fmt: skip
+from implicit_optim._search import Armijo, FixedStep, Line, Search, StrongWolfe
 from implicit_optim._solver import (
-    Evaluation,
-    Solver,
-    agd,
-    from_torch,
-    gd,
-    lbfgs,
-    newton_cg,
-    nonlinear_cg,
-    proximal_gradient,
+    Evaluation, Solver, agd, from_torch, gd, lbfgs, newton_cg, nonlinear_cg, proximal_gradient,
     trust_region,
-)
-from implicit_optim._strong_wolfe import StrongWolfe
+)  # fmt: skip
 from implicit_optim.optim import (
-    AGD,
-    GD,
-    NesterovAGD,
-    NewtonCG,
-    NonlinearCG,
-    ProximalGradient,
-    TrustRegion,
-)
+    GD, NesterovAGD, NewtonCG, NonlinearCG, ProximalGradient, TrustRegion,
+)  # fmt: skip
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "AGD",
-    "Armijo",
-    "Auto",
-    "Batching",
-    "CG",
-    "Cholesky",
-    "Damped",
-    "Dense",
-    "Diagonal",
-    "EmpiricalFisher",
-    "Evaluation",
-    "FirstOrder",
-    "FixedPoint",
-    "FixedStep",
-    "GD",
-    "GMRES",
-    "GaussNewton",
-    "Hessian",
-    "Ignore",
-    "Implicit",
-    "ImplicitMetaGradient",
-    "InnerProblem",
-    "Jacobian",
-    "L1",
-    "Layout",
-    "Line",
-    "LinearSolver",
-    "Linearized",
-    "LowRank",
-    "MINRES",
-    "MetaGradient",
-    "MetaLearner",
-    "NesterovAGD",
-    "Neumann",
-    "NewtonCG",
-    "NonlinearCG",
-    "Objective",
-    "Operator",
-    "Product",
-    "Proximal",
-    "ProximalGradient",
-    "QR",
-    "Raise",
-    "Report",
-    "Reptile",
-    "Root",
-    "RunningStats",
-    "SafeguardedHessian",
-    "Scaled",
-    "Search",
-    "Solution",
-    "SolveError",
-    "SolveWarning",
-    "Solver",
-    "Status",
-    "StrongWolfe",
-    "Sum",
-    "Truncated",
-    "TrustRegion",
-    "Unrolled",
-    "Warn",
-    "Woodbury",
-    "agd",
-    "attach",
-    "error_bound",
-    "from_torch",
-    "gd",
-    "inverse_proximal",
-    "lbfgs",
-    "linear_solve",
-    "minimize",
-    "newton_cg",
-    "nonlinear_cg",
-    "proximal",
-    "proximal_gradient",
-    "trust_region",
+    # What people call: a meta-learner and its settings,
+    "MetaLearner", "Proximal", "RunningStats", "Batching",
+    "Implicit", "Unrolled", "Truncated", "FirstOrder", "Reptile",
+    # the three verbs, what they are given and what they return,
+    "minimize", "attach", "linear_solve", "error_bound",
+    "Objective", "L1", "Root", "FixedPoint", "proximal", "inverse_proximal",
+    "Solution", "Status", "Report", "Warn", "Raise", "Ignore", "SolveWarning", "SolveError",
+    # inner solvers and their line searches,
+    "gd", "agd", "nonlinear_cg", "lbfgs", "newton_cg", "trust_region", "proximal_gradient", "from_torch",
+    "Armijo", "StrongWolfe", "FixedStep",
+    # linear solvers and matrices,
+    "CG", "MINRES", "GMRES", "Neumann", "Woodbury", "Cholesky", "QR", "Auto",
+    "Hessian", "GaussNewton", "SafeguardedHessian", "EmpiricalFisher", "Jacobian",
+    "Dense", "Diagonal", "Damped",
+    # and the classes of torch.optim.
+    "GD", "NesterovAGD", "NewtonCG", "NonlinearCG", "TrustRegion", "ProximalGradient",
+    # What people who extend it implement or are handed.
+    "MetaGradient", "ImplicitMetaGradient", "InnerProblem", "Solver", "Evaluation", "Search", "Line",
+    "LinearSolver", "Operator", "Linearized",
 ]
+# fmt: on
+
+
+# Names that were here once: gone with 0.2, what to write instead.
+_WITHDRAWN: dict[str, tuple[Any, str]] = {
+    "AGD": (NesterovAGD, "NesterovAGD"),
+    "Layout": (_vectors.Layout, "problem.layout of an InnerProblem"),
+    "LowRank": (_operator.LowRank, "what operator.linearize().low_rank() returns"),
+    "Product": (_algebra.Product, "A @ B"),
+    "Scaled": (_algebra.Scaled, "2 * A"),
+    "Sum": (_algebra.Sum, "A + B"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """``iopt.tasks`` at no cost until it is touched; names that are no longer here."""
+    if name == "tasks":
+        return importlib.import_module("implicit_optim.tasks")
+    if name in _WITHDRAWN:
+        value, instead = _WITHDRAWN[name]
+        message = f"implicit_optim.{name} goes with version 0.2: use {instead}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,22 +10,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from implicit_optim._autograd import (
+from implicit_optim._evaluation import (
+    Batching,
     apply,
     forward_mode,
+    full_precision,
+    gradient,
     lead,
     push_forward,
     save,
     saved,
     split_grads,
+    vjp,
 )
-from implicit_optim._batch import Batching
-from implicit_optim._derivative import gradient, vjp
-from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._l1 import L1, smooth
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, GMRES, LinearSolver
-from implicit_optim._objective import Equations, InnerObjective, Objective
 from implicit_optim._operator import (
     GaussNewton,
     Hessian,
@@ -34,8 +33,8 @@ from implicit_optim._operator import (
     Operator,
     SafeguardedHessian,
 )
-from implicit_optim._precision import full_precision
-from implicit_optim._solution import OnSolve
+from implicit_optim._outcome import OnSolve
+from implicit_optim._problem import L1, Equations, InnerObjective, InnerProblem, Objective, smooth
 
 Curvature = Callable[[InnerProblem, Tensor], Operator]
 Tree = TypeVar("Tree")  # a tensor or a pytree of tensors

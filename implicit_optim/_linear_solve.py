@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._autograd import (
+from implicit_optim._evaluation import (
     apply,
     forward_mode,
+    full_precision,
     lead,
     push_forward,
     save,
@@ -21,8 +22,7 @@ from implicit_optim._autograd import (
 )
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
-from implicit_optim._precision import full_precision
-from implicit_optim._solution import OnSolve, Solution, joined, led
+from implicit_optim._outcome import OnSolve, Solution, joined, led
 from implicit_optim._vectors import norm
 
 _DEFAULT = CG()

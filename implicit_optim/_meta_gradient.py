@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_optim._evaluation import full_precision
 from implicit_optim._implicit import Curvature, attach_flat
-from implicit_optim._inner_problem import InnerProblem
 from implicit_optim._linear_solver import CG, LinearSolver
-from implicit_optim._masks import where
 from implicit_optim._minimize import run, solve
 from implicit_optim._operator import Hessian
-from implicit_optim._precision import full_precision
-from implicit_optim._solution import OnSolve, Solution, Status
+from implicit_optim._outcome import OnSolve, Solution, Status
+from implicit_optim._problem import InnerProblem
 from implicit_optim._solver import Solver
+from implicit_optim._vectors import where
 
 Leaves = dict[str, Tensor]
 

@@ -11,15 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._batch import Batching
-from implicit_optim._inner_problem import InnerProblem
-from implicit_optim._l1 import L1
-from implicit_optim._masks import none_left, sees_for_free, surely_none, where
-from implicit_optim._objective import Equations, InnerObjective
-from implicit_optim._precision import full_precision
-from implicit_optim._solution import Solution, Status, joined, led
+from implicit_optim._evaluation import Batching, full_precision
+from implicit_optim._outcome import Solution, Status, joined, led
+from implicit_optim._problem import L1, Equations, InnerObjective, InnerProblem
 from implicit_optim._solver import Solver
-from implicit_optim._vectors import largest, norm
+from implicit_optim._vectors import (
+    is_free_to_read,
+    largest,
+    none_running,
+    none_running_if_free,
+    norm,
+    where,
+)
 
 
 def minimize(
@@ -126,7 +129,7 @@ def run(
         The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
     _check_kind(problem, solver)
-    careful = not (solver.carries_nonfinite and solver.tol == 0 and sees_for_free(phi))
+    careful = not (solver.carries_nonfinite and solver.tol == 0 and is_free_to_read(phi))
     solution = None if careful else _loop(problem, phi, solver, graph_from, careful=False)
     if solution is None:
         solution = _loop(problem, phi, solver, graph_from, careful=True)
@@ -151,7 +154,7 @@ def _loop(
 
     def stop(who: Tensor, why: Status) -> None:
         nonlocal running, status
-        if surely_none(who):
+        if none_running_if_free(who):
             return
         status = torch.where(running & who, why.value, status)
         running = running & ~who
@@ -176,7 +179,7 @@ def _loop(
             grad_norm = where(running, now, grad_norm)
         if solver.tol > 0:
             stop(now <= solver.tol, Status.SUCCESS)
-            if last or (k % solver.check_every == 0 and none_left(running)):
+            if last or (k % solver.check_every == 0 and none_running(running)):
                 stop(~(now < math.inf), Status.NONFINITE)
                 break
         if (
@@ -206,7 +209,7 @@ def _loop(
 
 
 def _is_finite(phi: Tensor) -> bool:
-    return surely_none(~(largest(phi.detach()) < math.inf))
+    return none_running_if_free(~(largest(phi.detach()) < math.inf))
 
 
 def _recorded(recorded: bool) -> contextlib.AbstractContextManager[Any]:

@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from implicit_optim._replaced import (
-    _activations,
-    _embedding,
-    _normalize,
-    _select_scatter,
-    _weight_norm,
+from implicit_optim._evaluation.replaced import (
+    activations,
+    embedding,
+    normalize,
+    select_scatter,
+    weight_norm,
 )
 
 TABLE = {
-    **_activations.ENTRIES,
-    **_embedding.ENTRIES,
-    **_normalize.ENTRIES,
-    **_select_scatter.ENTRIES,
-    **_weight_norm.ENTRIES,
+    **activations.ENTRIES,
+    **embedding.ENTRIES,
+    **normalize.ENTRIES,
+    **select_scatter.ENTRIES,
+    **weight_norm.ENTRIES,
 }
 
 TASKS = 4

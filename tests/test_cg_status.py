@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_optim import CG, Dense, Status, _masks, linear_solve
+from implicit_optim import CG, Dense, Status, linear_solve
+from implicit_optim._vectors import masks
 from problems import spd
 from systems import BATCH, F64, SEEDS, SIZES, counted, norm, product
 
@@ -131,7 +132,7 @@ def test_fixed_steps_cost_one_product_each(max_steps):
 def test_fixed_steps_never_ask_the_device(monkeypatch):
     """A tensor read by Python is a synchronisation, which is dear on all devices but the CPU."""
     matrix, b = spd(0, 6, 10.0, (3,))
-    monkeypatch.setattr(_masks, "_looking_is_free", lambda mask: False)
+    monkeypatch.setattr(masks, "_looking_is_free", lambda mask: False)
 
     def refuse(*args):
         raise AssertionError("a host synchronisation")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from implicit_optim import Layout
+from implicit_optim._vectors import Layout
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)  # 0-d, empty and one-element included
 BATCH = st.lists(st.integers(1, 3), max_size=2).map(tuple)

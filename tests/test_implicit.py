@@ -8,6 +8,7 @@ from torch.func import grad, jacrev, vmap
 
 import implicit_optim as iopt
 from attached import EXACT, logistic, logistic_inputs, solved
+from implicit_optim._vectors import Layout
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -131,7 +132,7 @@ def test_gradient_with_respect_to_every_kind_of_lam(shape):
 @pytest.mark.parametrize("shape", ["scalar", "vector", "matrix", "by name"])
 def test_inverse_proximal_inverts_the_hessian_of_proximal(shape):
     phi = {"w": torch.randn(2), "b": torch.randn(())}
-    layout, root = iopt.Layout.of(phi), torch.randn(3, 3)
+    layout, root = Layout.of(phi), torch.randn(3, 3)
     lam = {
         "scalar": torch.tensor(0.5),
         "vector": torch.tensor([0.5, 1.0, 2.0]),

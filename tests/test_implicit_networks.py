@@ -8,6 +8,7 @@ from torch.func import functional_call, grad
 
 import implicit_optim as iopt
 from attached import EXACT
+from implicit_optim._vectors import Layout
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -22,7 +23,7 @@ def small_net():
 def test_conv_net_with_batch_norm_against_finite_differences():
     net = small_net()
     anchor = {k: p.detach() for k, p in net.named_parameters()}
-    layout = iopt.Layout.of(anchor)
+    layout = Layout.of(anchor)
     x, y = torch.randn(2, 4, 1, 4, 4), torch.randint(0, 3, (2, 4))
     lam = torch.tensor(10.0)
     objective = iopt.Objective(
@@ -66,7 +67,7 @@ def test_second_derivatives_of_the_solution_through_batch_norm(norm):
     """A gradient of the meta-gradient needs third derivatives, which torch's batch norm lacks."""
     net = nn.Sequential(nn.Linear(3, 2), norm, nn.Tanh(), nn.Linear(2, 1))
     anchor = {k: p.detach() for k, p in net.named_parameters()}
-    layout = iopt.Layout.of(anchor)
+    layout = Layout.of(anchor)
     x, y, lam = torch.randn(5, 3), torch.randn(5, 1), torch.tensor(10.0)
     objective = iopt.Objective(
         lambda phi, x: functional_call(net, phi, (x,)), F.mse_loss, iopt.proximal

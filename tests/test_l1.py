@@ -13,7 +13,7 @@ from sklearn.linear_model import Lasso
 from torch.func import grad, jvp, vmap
 
 import implicit_optim as iopt
-from implicit_optim._l1 import soft_threshold
+from implicit_optim._problem.l1 import soft_threshold
 from problems import BATCHES
 
 F64 = torch.float64

@@ -1,11 +1,13 @@
-"""The architecture, read from the imports: one direction, no circles, small files.
+"""The architecture, read from the folder list and the imports: one direction, no circles, small files.
 
-A new module of the library is declared in `LAYERS`, below; what the layers mean is in
-CONTRIBUTING.md.
+A folder says in its docstring what it uses; the order of all, top first, is the table of
+CONTRIBUTING.md, and the way of the data through them is the drawing below it.
 """
 
 import ast
 import graphlib
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -16,57 +18,21 @@ import implicit_optim
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "implicit_optim"
 SOURCES = Path(implicit_optim.__file__).parent  # of the source tree, or of an installed wheel
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
-# The layer of each module or subpackage. An import goes downwards or stays in its layer.
-LAYERS = {
-    "_evaluator": 0,
-    "_hints": 0,
-    "_kernels": 0,
-    "_precision": 0,
-    "_random": 0,
-    "_autograd": 0,
-    "_batch": 0,
-    "_checks": 0,
-    "_derivative": 0,
-    "_flat": 0,
-    "_loss": 0,
-    "_masks": 0,
-    "_module": 0,
-    "_outputs": 0,
-    "_replaced": 0,
-    "_running_stats": 0,
-    "_solution": 0,
-    "_vectors": 0,
-    "_error_bound": 1,
-    "_inner_problem": 1,
-    "_l1": 1,
-    "_objective": 1,
-    "_proximal": 1,
-    "_quadratic": 1,
-    "_query_loss": 1,
-    "_report": 1,
-    "_operator": 2,
-    "_linear_solver": 3,
-    "_linear_solve": 3,
-    "_search": 4,
-    "_strong_wolfe": 4,
-    "_solver": 4,
-    "_minimize": 4,
-    "_implicit": 5,
-    "_meta_gradient": 5,
-    "_learner_checks": 6,
-    "_meta_learner": 6,
-}
-OPTIM, OPTIM_SEES = "optim", 4  # torch.optim shells: see layers 0..4, seen by nobody
+# Files and folders of the library, top first: an import goes down or stays inside.
+ORDER = re.findall(r"^\| `(_\w+)/?` \|", GUIDE, re.MULTILINE)
+BOTTOM = {"_torch", "_checks"}  # which all may use, and no folder needs to name
+OPTIM, OPTIM_SEES = "optim", "_solver"  # torch.optim shells: see from there down, seen by nobody
 TASKS = "tasks"  # episodes: see nothing of the library, seen by nobody
 MAIN = "__main__"  # `python -m`: sees the face alone, seen by nobody, and it alone prints
-UNITS = {*LAYERS, OPTIM, TASKS, MAIN}
+APART = {OPTIM, TASKS, MAIN}
 
 THIRD_PARTY = {"torch", "jaxtyping"}  # the run-time dependencies of pyproject.toml
 TASKS_THIRD_PARTY = {*THIRD_PARTY, "torchvision", "PIL"}  # those of the extra `vision`
 
 MAX_LINES_FILE = 300
-MAX_LINES_LIBRARY = 5_750  # of code; 5,300 before the table of replaced functions
+MAX_LINES_LIBRARY = 5_690  # of code
 
 
 def library() -> dict[str, str]:
@@ -80,7 +46,7 @@ def library() -> dict[str, str]:
 
 
 def unit(module: str) -> str:
-    """First name under the package: `implicit_optim._solver._gd` -> `_solver`."""
+    """First name under the package: `implicit_optim._solver.gd` -> `_solver`."""
     return module.split(".")[1]
 
 
@@ -165,13 +131,13 @@ def complaint(module: str, target: str) -> str | None:
         return f"{TASKS}/ knows nothing of the library"
     if sink == OPTIM:
         return f"the core does not import {OPTIM}"
-    if sink not in LAYERS:
-        return f"there is no {sink} in LAYERS of tests/test_layers.py"
-    highest = OPTIM_SEES if source == OPTIM else LAYERS[source]
-    if LAYERS[sink] > highest:
-        where = OPTIM if source == OPTIM else f"layer {LAYERS[source]}"
-        return f"{where} must not import upwards, from layer {LAYERS[sink]}"
-    return None
+    if sink not in ORDER:
+        return f"there is no {sink} in the table of CONTRIBUTING.md"
+    if source == OPTIM:
+        upwards = ORDER.index(sink) < ORDER.index(OPTIM_SEES)
+    else:
+        upwards = ORDER.index(sink) < ORDER.index(source)
+    return f"{source} must not import upwards, from {sink}" if upwards else None
 
 
 def violations(sources: dict[str, str]) -> list[str]:
@@ -179,10 +145,10 @@ def violations(sources: dict[str, str]) -> list[str]:
     found, graph = [], {}
     modules = set(sources)
     for module, source in sources.items():
-        if not is_top(module) and unit(module) not in UNITS:
+        if not is_top(module) and unit(module) not in {*ORDER, *APART}:
             found.append(
-                f"{file_of(module)}: in no layer; declare `{unit(module)}` in LAYERS of "
-                "tests/test_layers.py, as low as its imports allow"
+                f"{file_of(module)}: in no layer; give `{unit(module)}` a row in the table of "
+                "CONTRIBUTING.md, as low as its imports allow"
             )
             continue
         tree = ast.parse(source, filename=file_of(module))
@@ -196,7 +162,9 @@ def violations(sources: dict[str, str]) -> list[str]:
         found += [
             f"{file_of(module)}:{line}: import inside a function or by a string; "
             "write it at the top of the file, and move code down a layer if that makes a circle"
-            for line in sorted(set(late_imports(tree)))
+            for line in sorted(
+                set(late_imports(tree)) if not is_top(module) else ()
+            )  # it has `tasks`
         ]
         found += [
             f"{file_of(module)}:{line}: prints; a library warns, raises or returns"
@@ -214,9 +182,81 @@ def violations(sources: dict[str, str]) -> list[str]:
 
 
 def test_imports_go_one_way():
-    assert len(library()) > len(UNITS)  # they were found
+    assert len(library()) > len(ORDER)  # they were found
     found = violations(library())
     assert not found, "\n" + "\n".join(found)
+
+
+def uses(name: str) -> set[str]:
+    """Files and folders of the library that one of them imports from."""
+    sources = library()
+    modules = set(sources)
+    return {
+        unit(target)
+        for module, source in sources.items()
+        if unit(module) == name
+        for _, target in imports(module, ast.parse(source), modules)
+        if target in modules and unit(target) != name
+    }
+
+
+def test_the_table_is_the_folder_list():
+    there = {unit(m) for m in library() if not is_top(m)}
+    assert sorted(there - APART) == sorted(ORDER)
+
+
+def test_a_folder_says_what_it_uses():
+    for name in ORDER:
+        face = library().get(f"{PACKAGE}.{name}.__init__")
+        if face is not None:
+            _, _, told = ast.get_docstring(ast.parse(face)).partition("\n\n")
+            named = set(re.findall(r"`(_\w+)`", told.partition(";")[0]))
+            assert named == uses(name) - BOTTOM, f"{name}/__init__.py names what it does not use"
+
+
+def test_a_face_shows_what_is_taken():
+    """No folder re-exports a name that nobody outside of it imports."""
+    taken: dict[str, set[str]] = {}
+    for base in (SOURCES, ROOT / "tests"):
+        for path in base.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module is not None:
+                    taken.setdefault(node.module, set()).update(a.name for a in node.names)
+    for name in ORDER:
+        face = library().get(f"{PACKAGE}.{name}.__init__")
+        if face is not None:
+            shown = {
+                a.name
+                for n in ast.walk(ast.parse(face))
+                if isinstance(n, ast.ImportFrom)
+                for a in n.names
+            }
+            assert shown <= taken[f"{PACKAGE}.{name}"], name
+
+
+def test_the_drawing_is_true():
+    """Each arrow of CONTRIBUTING.md's drawing is an import, and each name in it is in the table."""
+    drawing = (
+        GUIDE.partition("## The way of the data")[2].partition("```text")[2].partition("```")[0]
+    )
+    arrows = re.findall(r"(_\w+)(?= → (_\w+))", drawing)
+    assert len(arrows) > 10
+    for source, target in arrows:
+        assert target in uses(source), f"{source} does not import {target}"
+
+
+def test_private_names_of_torch_are_in_one_file():
+    private = re.compile(
+        r"torch\.(?:[a-z_.]*\.)?_(?!foreach_)\w+|from torch[\w.]* import .*\b_[a-z]\w+"
+    )
+    found = {
+        f"{file_of(module)}:{number}: {line.strip()}"
+        for module, source in library().items()
+        if unit(module) != "_torch"
+        for number, line in enumerate(source.splitlines(), 1)
+        if private.search(line.replace("_torch.", "")) and f"{PACKAGE}." not in line
+    }
+    assert not found, "wrap it in _torch.py: " + "\n".join(sorted(found))
 
 
 def test_no_file_is_long():
@@ -257,9 +297,23 @@ def public_names() -> list[str]:
     pytest.fail(f"{PACKAGE}/__init__.py has no literal __all__")
 
 
-def test_public_names_are_sorted():
+def test_public_names_are_there():
     names = public_names()
-    assert names == sorted(set(names)), f"sort __all__ of {PACKAGE}/__init__.py as sorted() does"
+    assert len(set(names)) == len(names) < 75
+    assert all(hasattr(implicit_optim, name) for name in names)
+
+
+def test_withdrawn_names_say_what_to_write():
+    assert not set(implicit_optim._WITHDRAWN) & set(public_names())
+    for name, (value, instead) in implicit_optim._WITHDRAWN.items():
+        with pytest.warns(DeprecationWarning, match=f"use {re.escape(instead)}"):
+            assert getattr(implicit_optim, name) is value
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = implicit_optim.Nothing
+
+
+def test_tasks_are_there_once_they_are_touched():
+    assert implicit_optim.tasks.MLP is importlib.import_module("implicit_optim.tasks").MLP
 
 
 def test_public_names_are_in_the_api_page():
@@ -275,22 +329,22 @@ GOOD = {
     "implicit_optim.__init__": "from implicit_optim._minimize import minimize\n"
     "from implicit_optim.optim import GD\n",
     "implicit_optim.__main__": "import torch\nfrom implicit_optim import __version__\nprint(1)\n",
-    "implicit_optim._flat": "import math\nimport torch.nn as nn\n",
-    "implicit_optim._minimize": "from ._flat import Flat\nfrom implicit_optim._solver import gd\n",
-    "implicit_optim._solver.__init__": "from implicit_optim._solver._gd import gd\n",
-    "implicit_optim._solver._gd": "from .. import _flat\nfrom ._rule import Rule\n",
-    "implicit_optim._solver._rule": "from jaxtyping import Float\n",
+    "implicit_optim._vectors": "import math\nimport torch.nn as nn\n",
+    "implicit_optim._minimize": "from ._vectors import Flat\nfrom implicit_optim._solver import gd\n",
+    "implicit_optim._solver.__init__": "from implicit_optim._solver.gd import gd\n",
+    "implicit_optim._solver.gd": "from .. import _vectors\nfrom .rule import Rule\n",
+    "implicit_optim._solver.rule": "from jaxtyping import Float\n",
     "implicit_optim.optim.__init__": "from implicit_optim._solver import gd\n",
     "implicit_optim.tasks.__init__": "from implicit_optim.tasks._draw import draw\n",
     "implicit_optim.tasks._draw": "import torchvision.datasets\n",
 }
 
 BAD = {
-    "upwards": ("_flat", "from implicit_optim._minimize import minimize", "upwards"),
-    "upwards, relative": ("_flat", "from ._solver._gd import gd", "upwards"),
-    "upwards, import x.y": ("_flat", "import implicit_optim._solver._gd", "upwards"),
+    "upwards": ("_vectors", "from implicit_optim._minimize import minimize", "upwards"),
+    "upwards, relative": ("_vectors", "from ._solver.gd import gd", "upwards"),
+    "upwards, import x.y": ("_vectors", "import implicit_optim._solver.gd", "upwards"),
     "upwards, for types": (
-        "_flat",
+        "_vectors",
         "import typing\nif typing.TYPE_CHECKING:\n    from ._minimize import minimize",
         "upwards",
     ),
@@ -301,27 +355,27 @@ BAD = {
     "own face, by name": ("_minimize", "from implicit_optim import GD", "own face"),
     "core imports main": ("_minimize", "from . import __main__", "nothing imports __main__"),
     "face imports main": ("__init__", "from .__main__ import main", "nothing imports __main__"),
-    "main goes round the face": ("__main__", "from ._flat import Flat", "the face alone"),
-    "prints": ("_flat", "def f():\n    print('here')", "prints"),
+    "main goes round the face": ("__main__", "from ._vectors import Flat", "the face alone"),
+    "prints": ("_vectors", "def f():\n    print('here')", "prints"),
     "torchvision": ("_minimize", "import torchvision", "only tasks/ may import torchvision"),
     "undeclared dependency": ("_minimize", "import numpy as np", "no run-time dependency"),
-    "tasks see the core": ("tasks._draw", "from .._flat import Flat", "knows nothing"),
-    "optim sees layer 5": ("optim._gd", "from .._implicit import attach", "upwards"),
-    "late": ("_flat", "def f():\n    import math", "inside a function"),
+    "tasks see the core": ("tasks._draw", "from .._vectors import Flat", "knows nothing"),
+    "optim sees above the solvers": ("optim._gd", "from .._implicit import attach", "upwards"),
+    "late": ("_vectors", "def f():\n    import math", "inside a function"),
     "late, in a method": (
-        "_flat",
+        "_vectors",
         "class A:\n    async def f(self):\n        from math import pi",
         "inside a function",
     ),
     "by a string": (
-        "_flat",
+        "_vectors",
         "import importlib\nimportlib.import_module('implicit_optim._minimize')",
         "by a string",
     ),
-    "undeclared module": ("_helpers", "", "declare `_helpers` in LAYERS"),
-    "circle": ("_solver._rule", "from implicit_optim._solver._gd import gd", "circle"),
+    "undeclared module": ("_helpers", "", "give `_helpers` a row"),
+    "circle": ("_solver.rule", "from implicit_optim._solver.gd import gd", "circle"),
     "circle through a package": (
-        "_solver._rule",
+        "_solver.rule",
         "from implicit_optim._solver import gd",
         "circle",
     ),

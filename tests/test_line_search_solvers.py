@@ -21,7 +21,7 @@ from implicit_optim import (
     newton_cg,
     nonlinear_cg,
 )
-from implicit_optim._solver._lbfgs import History
+from implicit_optim._solver.lbfgs import History
 from inner_solvers import F64, SEEDS, run
 from problems import BATCHES, logistic, quadratic, ridge, tanh_mlp
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import implicit_optim as iopt
+from implicit_optim._vectors import Layout
 from implicit_optim.tasks import ConvNet
 from memory import PeakMemory
 
@@ -63,7 +64,7 @@ def test_the_curvature_asked_for_is_the_one_used(double):
     """Where Hessian and Gauss-Newton differ: against the dense `lam (G + lam I)^-1 v` of one task."""
     support, query = regression(tasks=1)
     model, lam = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1)), 3.0
-    layout = iopt.Layout.of(dict(model.named_parameters()))
+    layout = Layout.of(dict(model.named_parameters()))
     gradients = {}
     for curvature in (iopt.Hessian, iopt.GaussNewton):
         rule = iopt.Implicit(iopt.CG(rtol=1e-13, max_steps=99), curvature)

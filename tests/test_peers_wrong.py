@@ -22,6 +22,7 @@ from peers import (
     THEIR_CG,
     custom_root,
     error_of,
+    flat,
     fresh,
     old_names,
     our_gradient,

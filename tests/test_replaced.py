@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_optim as iopt
-from implicit_optim._replaced import TABLE, recording, replaced
+from implicit_optim._evaluation.replaced import TABLE, recording, replaced
 
 CASES = {
     "conv1d": (nn.Conv1d(2, 3, 3, padding=1), (4, 2, 7)),
@@ -284,7 +284,7 @@ def test_the_mode_is_active_around_the_model_alone():
 
 def test_every_entry_has_a_reason():
     """Each file of replacements begins with why: torch is wrong, torch lacks it, or ours is faster."""
-    folder = Path(iopt.__file__).parent / "_replaced"
+    folder = Path(iopt.__file__).parent / "_evaluation" / "replaced"
     files = [path for path in folder.glob("*.py") if "ENTRIES" in path.read_text("utf-8")]
     reasons = {path.name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in files}
     for name, reason in reasons.items():

@@ -207,7 +207,7 @@ def test_looking_less_often_changes_nothing_but_the_looks(solver, monkeypatch):
         looks.append(1)
         return not bool(running.any())
 
-    monkeypatch.setattr("implicit_optim._minimize.none_left", counted)
+    monkeypatch.setattr("implicit_optim._minimize.none_running", counted)
     value, status, stats = run(problem, solver)
     often = len(looks)
     looks.clear()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import implicit_optim as iopt
-from implicit_optim._linear_solver import steihaug
+from implicit_optim._solver.steihaug import steihaug
 from problems import BATCHES, CONVEX, ridge, spd, tanh_mlp
 
 F64 = torch.float64
@@ -300,7 +300,7 @@ def test_a_number_of_cg_steps_asks_the_host_for_nothing(monkeypatch):
     p = tanh_mlp((3,))
     looks = []
     monkeypatch.setattr(
-        "implicit_optim._linear_solver._steihaug.none_left", lambda t: looks.append(1) or False
+        "implicit_optim._solver.steihaug.none_running", lambda t: looks.append(1) or False
     )
     few = iopt.trust_region(max_steps=3, cg_steps=4)
     iopt.minimize(p.objective, *p.args, solver=few, batch_ndim=1)

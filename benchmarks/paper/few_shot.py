@@ -188,7 +188,7 @@ class Run:
         self.s, self.split, self.model, self.folder = settings, split, model, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.failed = []  # share of each meta-step's tasks in which CG met negative curvature
-        self.meta = learner(model, settings, self._heard).to(split.train.device)
+        self.meta = learner(model, settings, self._record).to(split.train.device)
         self.opt = torch.optim.Adam(self.meta.parameters(), lr=settings.meta_lr)
         lasts = settings.steps / settings.cycles if settings.cycles else math.inf
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -205,7 +205,7 @@ class Run:
         )
         self.history = {"loss": [], "truncated": [], "validation": [], "seconds": 0.0}
 
-    def _heard(self, name, solution):
+    def _record(self, name, solution):
         if name == "linear_solve":
             negative = solution.status == iopt.Status.NEGATIVE_CURVATURE.value
             met = solution.stats.get("fallback", negative)

@@ -1,25 +1,13 @@
-"""Linear solvers: frozen configurations with one batch-native ``solve``."""
+"""Linear solvers: ``(operator, b) -> (x, status, stats)`` for a batch of tasks.
 
-from implicit_optim._linear_solver._auto import Auto
-from implicit_optim._linear_solver._base import LinearSolver, safeguarded
-from implicit_optim._linear_solver._cg import CG
-from implicit_optim._linear_solver._direct import QR, Cholesky
-from implicit_optim._linear_solver._gmres import GMRES
-from implicit_optim._linear_solver._minres import MINRES
-from implicit_optim._linear_solver._neumann import Neumann
-from implicit_optim._linear_solver._steihaug import steihaug
-from implicit_optim._linear_solver._woodbury import Woodbury
+It uses `_operator`, `_outcome` and `_vectors`; `_linear_solve` makes the solution differentiable.
+"""
 
-__all__ = [
-    "Auto",
-    "CG",
-    "Cholesky",
-    "GMRES",
-    "LinearSolver",
-    "MINRES",
-    "Neumann",
-    "QR",
-    "Woodbury",
-    "safeguarded",
-    "steihaug",
-]
+from implicit_optim._linear_solver.auto import Auto
+from implicit_optim._linear_solver.base import LinearSolver, safeguarded
+from implicit_optim._linear_solver.cg import CG
+from implicit_optim._linear_solver.direct import QR, Cholesky
+from implicit_optim._linear_solver.gmres import GMRES
+from implicit_optim._linear_solver.minres import MINRES
+from implicit_optim._linear_solver.neumann import Neumann
+from implicit_optim._linear_solver.woodbury import Woodbury

@@ -1,31 +1,16 @@
-"""Linear operators: curvature of an inner problem, Jacobians, explicit matrices, and their algebra."""
+"""Linear operators: curvature of an inner problem, Jacobians, matrices, and their algebra.
 
-from implicit_optim._operator._algebra import Damped, Product, Scaled, Sum
-from implicit_optim._operator._base import Linearized, LowRank, Operator
-from implicit_optim._operator._curvature import (
+It uses `_problem`, `_evaluation` and `_vectors`.
+"""
+
+from implicit_optim._operator.algebra import Damped
+from implicit_optim._operator.base import Linearized, Operator, dense_matrix
+from implicit_optim._operator.curvature import (
     EmpiricalFisher,
     GaussNewton,
     Hessian,
     SafeguardedHessian,
 )
-from implicit_optim._operator._dense import Dense, Diagonal
-from implicit_optim._operator._jacobian import Jacobian
-from implicit_optim._operator._support import OnSupport
-
-__all__ = [
-    "Damped",
-    "Dense",
-    "Diagonal",
-    "EmpiricalFisher",
-    "GaussNewton",
-    "Hessian",
-    "Jacobian",
-    "Linearized",
-    "LowRank",
-    "OnSupport",
-    "Operator",
-    "Product",
-    "SafeguardedHessian",
-    "Scaled",
-    "Sum",
-]
+from implicit_optim._operator.dense import Dense, Diagonal
+from implicit_optim._operator.jacobian import Jacobian
+from implicit_optim._operator.support import OnSupport

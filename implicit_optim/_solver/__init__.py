@@ -1,24 +1,18 @@
-"""Inner solvers: pure update rules on ``[*batch, n]``, and how to borrow one from torch.optim."""
+"""Inner solvers: pure update rules on ``[*batch, n]``, which `_minimize` runs.
 
-from implicit_optim._solver._agd import agd
-from implicit_optim._solver._base import Evaluation, Solver
-from implicit_optim._solver._from_torch import from_torch
-from implicit_optim._solver._gd import gd
-from implicit_optim._solver._lbfgs import lbfgs
-from implicit_optim._solver._newton_cg import newton_cg
-from implicit_optim._solver._nonlinear_cg import nonlinear_cg
-from implicit_optim._solver._proximal_gradient import proximal_gradient
-from implicit_optim._solver._trust_region import trust_region
+It uses `_search`, `_linear_solver`, `_operator`, `_problem`, `_outcome` and `_vectors`.
+"""
 
-__all__ = [
-    "Evaluation",
-    "Solver",
-    "agd",
-    "from_torch",
-    "gd",
-    "lbfgs",
-    "newton_cg",
-    "nonlinear_cg",
-    "proximal_gradient",
-    "trust_region",
-]
+from implicit_optim._solver.agd import agd, agd_update, resolve_agd
+from implicit_optim._solver.base import Evaluation, Solver, check_lr, check_search
+from implicit_optim._solver.from_torch import from_torch
+from implicit_optim._solver.gd import gd, gd_update
+from implicit_optim._solver.lbfgs import lbfgs
+from implicit_optim._solver.newton_cg import newton_cg, newton_direction
+from implicit_optim._solver.nonlinear_cg import conjugate_direction, first_length, nonlinear_cg
+from implicit_optim._solver.proximal_gradient import proximal_gradient, proximal_update
+from implicit_optim._solver.trust_region import (
+    check_trust_region,
+    trust_region,
+    trust_region_update,
+)

@@ -1,6 +1,6 @@
 """The inner solvers as ``torch.optim`` classes: thin shells over the rules of ``_solver``."""
 
-from implicit_optim.optim._agd import AGD, NesterovAGD
+from implicit_optim.optim._agd import NesterovAGD
 from implicit_optim.optim._gd import GD
 from implicit_optim.optim._newton_cg import NewtonCG
 from implicit_optim.optim._nonlinear_cg import NonlinearCG
@@ -8,7 +8,6 @@ from implicit_optim.optim._proximal_gradient import ProximalGradient
 from implicit_optim.optim._trust_region import TrustRegion
 
 __all__ = [
-    "AGD",
     "GD",
     "NesterovAGD",
     "NewtonCG",

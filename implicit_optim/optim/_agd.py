@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from implicit_optim._solver._agd import agd_update, resolve_agd
+from implicit_optim._solver import agd_update, resolve_agd
 from implicit_optim.optim._gd import FirstOrder, check_tensor_lr, descend_all
 
 
@@ -119,6 +119,3 @@ def _resolve(
     if isinstance(lr, Tensor):
         check_tensor_lr(lr)
     return resolve_agd(lr, momentum, strong_convexity, smoothness)  # type: ignore[arg-type]
-
-
-AGD = NesterovAGD

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_optim._flat import Layout
+from implicit_optim._vectors import Layout
 
 Tensors = list[Tensor]
 Product = Callable[[Tensor], Tensor]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from implicit_optim._solver._base import check_lr
-from implicit_optim._solver._gd import gd_update
+from implicit_optim._solver import check_lr, gd_update
+from implicit_optim._torch import by_device_and_dtype, foreach_by_default
 
 
 class FirstOrder(Optimizer, abc.ABC):
@@ -68,11 +68,9 @@ class FirstOrder(Optimizer, abc.ABC):
                 )
             foreach = group["foreach"]
             if foreach is None:
-                _, foreach = _default_to_fused_or_foreach(params, differentiable=False)
+                foreach = foreach_by_default(params)
             if foreach and params:
-                buckets = self._group_tensors_by_device_and_dtype([params, grads])
-                for lists, _ in buckets.values():
-                    some, its_grads = cast(list[list[Tensor]], lists)
+                for some, its_grads in by_device_and_dtype(params, grads):
                     slopes = torch._foreach_neg(its_grads) if group["maximize"] else its_grads
                     self._update_all(group, some, slopes)
             else:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from implicit_optim._flat import Layout
-from implicit_optim._solution import Status
+from implicit_optim._outcome import Status
+from implicit_optim._vectors import Layout
 from implicit_optim.optim._gd import check_real
 
 Closure = Callable[[], Any]

@@ -7,9 +7,9 @@ from torch.optim.optimizer import ParamsT
 
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
+from implicit_optim._outcome import Status
 from implicit_optim._search import Armijo, Line, Search
-from implicit_optim._solution import Status
-from implicit_optim._solver._newton_cg import newton_direction
+from implicit_optim._solver import newton_direction
 from implicit_optim.optim._gd import check_tensor_lr
 from implicit_optim.optim._joint import Move, Trials
 from implicit_optim.optim._second_order import SecondOrder

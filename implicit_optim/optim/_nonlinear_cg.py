@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from implicit_optim._flat import Layout
-from implicit_optim._search import Line, Search
-from implicit_optim._solution import Status
-from implicit_optim._solver._base import check_search
-from implicit_optim._solver._nonlinear_cg import conjugate_direction, first_length
-from implicit_optim._strong_wolfe import StrongWolfe
+from implicit_optim._outcome import Status
+from implicit_optim._search import Line, Search, StrongWolfe
+from implicit_optim._solver import check_search, conjugate_direction, first_length
+from implicit_optim._vectors import Layout
 from implicit_optim.optim._gd import check_tensor_lr
 from implicit_optim.optim._joint import Closure, Joint, Move, Trials, scalar, write
 

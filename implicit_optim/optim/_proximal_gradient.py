@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from implicit_optim._checks import check
-from implicit_optim._solver._proximal_gradient import proximal_update
+from implicit_optim._solver import proximal_update
 from implicit_optim.optim._gd import FirstOrder, check_tensor_lr, descend_all
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from implicit_optim._checks import check
-from implicit_optim._flat import Layout
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
+from implicit_optim._vectors import Layout
 from implicit_optim.optim._curvature import Tensors, gauss_newton, gradient, hessian
 from implicit_optim.optim._joint import Closure, Joint, Move, Trials, scalar, write
 

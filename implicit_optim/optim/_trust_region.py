@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
-from implicit_optim._solution import Status
-from implicit_optim._solver._trust_region import check_trust_region, trust_region_update
+from implicit_optim._outcome import Status
+from implicit_optim._solver import check_trust_region, trust_region_update
 from implicit_optim.optim._joint import Move, Trials
 from implicit_optim.optim._second_order import SecondOrder
 

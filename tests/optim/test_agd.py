@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from implicit_optim import agd, minimize
-from implicit_optim.optim import AGD, GD, NesterovAGD
+from implicit_optim.optim import GD, NesterovAGD
 
 F64 = torch.float64
 
@@ -31,10 +31,6 @@ def descend(opt, x, A, minimiser, steps):
         ((x - minimiser) @ A @ (x - minimiser) / 2).backward()
         opt.step()
         yield
-
-
-def test_alias():
-    assert AGD is NesterovAGD
 
 
 @pytest.mark.parametrize("foreach", [True, False, None])

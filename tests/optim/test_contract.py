@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from implicit_optim import CG
-from implicit_optim.optim import AGD, NesterovAGD, NewtonCG, __all__
+from implicit_optim.optim import NesterovAGD, NewtonCG, __all__
 from optimizers import (
     CLASSES,
     FIRST_ORDER,
@@ -30,7 +30,6 @@ from optimizers import (
 
 def test_public_names():
     names = [
-        "AGD",
         "GD",
         "NesterovAGD",
         "NewtonCG",
@@ -39,7 +38,7 @@ def test_public_names():
         "TrustRegion",
     ]
     assert __all__ == names
-    assert all(issubclass(c, torch.optim.Optimizer) for c in (AGD, *CLASSES))
+    assert all(issubclass(c, torch.optim.Optimizer) for c in CLASSES)
 
 
 @each
@@ -175,7 +174,7 @@ def test_foreach_is_as_asked_or_as_torch_would(cls, foreach, monkeypatch):
         asked.append((len(params), differentiable))
         return False, True
 
-    monkeypatch.setattr("implicit_optim.optim._gd._default_to_fused_or_foreach", default)
+    monkeypatch.setattr("implicit_optim._torch._default_to_fused_or_foreach", default)
     for name in ("_update", "_update_all"):
         monkeypatch.setattr(cls, name, lambda *args, name=name: calls.append(name))
     params = [p(), p()]

@@ -1,0 +1,107 @@
+"""The Neumann series, with a step that cannot diverge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_optim._linear_solver.base import Iterative, Outcome
+from implicit_optim._operator import Linearized
+from implicit_optim._outcome import Solution
+from implicit_optim._vectors import dot, none_running, norm, where
+
+_PROBES = 4  # products that estimate the largest eigenvalue
+
+
+@dataclass(frozen=True)
+class Neumann(Iterative):
+    r"""Truncated Neumann series ``A^-1 b = s sum_k (I - s M^-1 A)^k M^-1 b``, step by step.
+
+    ``x <- x + s M^-1 (b - A x)``: what back-propagation through so many steps of gradient descent at the
+    solution computes. It converges like ``(1 - 1/kappa)^k``, where CG does like
+    ``(1 - 2/sqrt kappa)^k``: CG is the better choice wherever A is symmetric and definite.
+
+    The step is ``1 / L``, with L estimated by 4 products of the power method; where it would not lower
+    the residual, the one that lowers it most takes its place from there on. So it cannot diverge. A task
+    in which no step lowers it, since ``r.A M^-1 r <= 0`` (A is indefinite, or turns r by 90 degrees or
+    more), stops with the status ``LINE_SEARCH`` and the iterate it has, the first-order direction
+    ``M^-1 b`` if there was none.
+
+    Args:
+        max_steps: steps, one product each. Default: ``min(10 n, 1000)``.
+        rtol: tolerance relative to ``||b||``. Default: 0 if ``max_steps`` is given, which asks for
+            just these steps and never synchronises with the host; else ``max(1e-6, 100 eps)``.
+        atol: absolute tolerance on the residual norm.
+        check_every: with a tolerance, steps between two looks whether all tasks are done (one host
+            synchronisation each).
+        step: s > 0. Default: found as above.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> half = iopt.Dense(0.5 * torch.eye(2))
+        >>> solver = iopt.Neumann(max_steps=3, step=1.0)
+        >>> iopt.linear_solve(
+        ...     half, torch.ones(2), solver
+        ... ).value.tolist()  # 1 + 1/2 + 1/4, not yet 2
+        [1.75, 1.75]
+
+    Source: Lorraine, Vicol & Duvenaud 2020, "Optimizing millions of hyperparameters by implicit
+    differentiation", algorithm 3.
+    """
+
+    _must: ClassVar = {**Iterative._must, "step": "be finite and > 0"}
+
+    step: float | None = None
+
+    @torch.no_grad()
+    def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:
+        """See [`LinearSolver.solve`][implicit_optim.LinearSolver.solve].
+
+        Returns:
+            ``stats``: ``steps`` (that moved the iterate, int32), ``residual_norm = ||b - A x||`` and
+            ``rhs_norm``, in b's units; with a tolerance the true residual, which costs a product, else
+            the recurrence's.
+        """
+        max_steps, rtol, fixed = self.limits(b)
+        so_far = Outcome(b, rtol, self.atol)
+        x, r = torch.zeros_like(b), so_far.b
+        step = self._first_step(operator, so_far.b)
+        for k in range(max_steps):
+            if not fixed and k % self.check_every == 0 and none_running(so_far.running):
+                break
+            d = operator.precondition(r)
+            Ad = operator.mv(d)
+            gain, square = (
+                dot(r, Ad),
+                dot(Ad, Ad),
+            )  # ||r - s Ad||^2 = ||r||^2 - 2 s gain + s^2 square
+            so_far.nonfinite = so_far.nonfinite | (so_far.running & ~torch.isfinite(square))
+            so_far.stuck = so_far.stuck | (so_far.running & (gain <= 0))
+            so_far.running = so_far.running & ~so_far.nonfinite & ~so_far.stuck
+            too_long = so_far.running & (step * square >= 2 * gain)
+            step = torch.where(too_long, gain / square, step)
+            s = step.unsqueeze(-1)
+            x = where(so_far.running, torch.addcmul(x, s, d), x)
+            r = where(so_far.running, torch.addcmul(r, s, Ad, value=-1), r)
+            so_far.residual_norm = norm(r)
+            so_far.steps = so_far.steps + so_far.running
+            so_far.running = so_far.running & (so_far.residual_norm > so_far.target)
+        return so_far.solution(x, operator, fixed)
+
+    def _first_step(self, operator: Linearized, b: Tensor) -> Tensor:
+        if self.step is not None:
+            return torch.full_like(b[..., 0], self.step)
+        v, largest = b, torch.zeros_like(b[..., 0])
+        for _ in range(_PROBES):
+            v = v / torch.where(norm(v) > 0, norm(v), 1.0).unsqueeze(-1)
+            v = operator.precondition(operator.mv(v))
+            largest = torch.maximum(largest, norm(v))
+        usable = (largest > 0) & torch.isfinite(largest)
+        return 1 / torch.where(usable, largest, 1.0)

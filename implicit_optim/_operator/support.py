@@ -1,0 +1,81 @@
+"""A curvature on the numbers that are not zero: what an l1 norm leaves to differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from implicit_optim._operator.base import Linearized, Operator, Vector
+from implicit_optim._operator.curvature import Curvature
+from implicit_optim._problem import InnerProblem, smooth, strengths, subgradient
+
+
+@dataclass(frozen=True, eq=False)
+class OnSupport(Curvature):
+    """``P A P + (I - P)``: A the curvature of the smooth part, P the projection on ``phi != 0``.
+
+    The problem's objective is an [`L1`][implicit_optim.L1]. It is as definite as A is on the support,
+    and of a right-hand side in the range of P the solution is ``A_SS^-1 b_S``, zero elsewhere.
+
+    Source: Bertrand et al. 2020, proposition 2.
+    """
+
+    matrix: Callable[[InnerProblem, Tensor], Operator]
+    transposed: bool = False
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether A is."""
+        return self._whole().symmetric
+
+    def transpose(self) -> Operator:
+        """``P A^T P + (I - P)``."""
+        return replace(self, transposed=not self.transposed)
+
+    def mv(self, x: Vector) -> Vector:
+        """``P A P x + (I - P) x``."""
+        return self._restrict(self._whole().mv, x)
+
+    def precondition(self, r: Vector) -> Vector:
+        """A's, on the support."""
+        return self._inside(self._whole().precondition, r)
+
+    def linearize(self) -> Linearized:
+        """Linearise A; the gradient becomes the smallest subgradient."""
+        whole = self._whole().linearize()
+        gradient = whole.gradient
+        if gradient is not None:
+            gradient = subgradient(self.phi, gradient, strengths(self.problem, self.phi))
+        return Linearized(
+            lambda x: self._restrict(whole.mv, x),
+            lambda r: self._inside(whole.precondition, r),
+            gradient,
+            symmetric=whole.symmetric,
+        )
+
+    def fallback(self) -> Operator | None:
+        """That of A, on the support."""
+        if self._whole().fallback() is None:
+            return None
+        matrix = self.matrix
+        return replace(
+            self, matrix=lambda problem, phi: cast(Operator, matrix(problem, phi).fallback())
+        )
+
+    def _whole(self) -> Operator:
+        whole = self.matrix(smooth(self.problem), self.phi)
+        if not isinstance(whole, Operator):
+            raise TypeError(f"curvature must return an Operator, got {whole!r}")
+        return whole.transpose() if self.transposed else whole
+
+    def _restrict(self, mv: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        zero = self.phi == 0
+        return torch.where(zero, x, mv(torch.where(zero, 0.0, x)))
+
+    def _inside(self, solve: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
+        solved = solve(r)
+        return r if solved is r else torch.where(self.phi == 0, r, solved)  # r itself: no such part

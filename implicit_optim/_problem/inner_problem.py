@@ -1,0 +1,298 @@
+"""The inner problem: one task's objective, summed over a batch of tasks.
+
+``vmap`` goes around the *value* only, since torch's second derivatives outside ``vmap(grad(F))`` are
+wrong without a word; all above differentiates the *sum* over the tasks, whose Hessian is block-diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit_optim._evaluation import (
+    Batching,
+    ByDefault,
+    Evaluator,
+    SecondOrder,
+    as_returned,
+    gradient,
+    only_tensors,
+    pick,
+    second_order,
+)
+from implicit_optim._problem.objective import Equations, InnerObjective, Objective
+from implicit_optim._problem.proximal import Quadratic, inverse_proximal, proximal
+from implicit_optim._torch import pytree
+from implicit_optim._vectors import Layout, keystr
+
+
+@dataclass(frozen=True, eq=False)
+class InnerProblem:
+    """An objective bound to its hyper-parameters and data, as a function of flat ``phi [*batch, n]``.
+
+    Attributes:
+        objective: ``F(phi, theta, *data) -> scalar`` of one task.
+        layout: how phi's pytree lies in the flat vector.
+        theta: pytree of hyper-parameters.
+        data: tuple of pytrees; every tensor carries the batch dimensions.
+        shared: one flag per batch dimension, outermost first: whether theta is the same for all its
+            elements (no such dimension in theta's tensors) or carries the dimension too.
+        evaluator: how every evaluation is made for all tasks: batching, precision, random numbers.
+        term: the proximal term on flat vectors, where it need not be made anew for every evaluation.
+        closed: whether a tensor that wants a gradient and is in neither phi, theta nor data is an error.
+
+    Examples:
+        >>> import torch, implicit_optim as iopt
+        >>> F = lambda phi, theta, a: (a * phi**2).sum() / 2 - theta * phi.sum()
+        >>> phi, a = torch.ones(4, 3), torch.arange(4.0)
+        >>> problem = iopt.InnerProblem.bind(F, phi, torch.tensor(1.0), a, batch_ndim=1)
+        >>> problem.grad(phi)[:, 0].tolist()
+        [-1.0, 0.0, 1.0, 2.0]
+    """
+
+    objective: InnerObjective
+    layout: Layout
+    theta: Any
+    data: tuple[Any, ...]
+    shared: tuple[bool, ...]
+    evaluator: Evaluator
+    term: Quadratic | None = None
+    closed: bool = False
+
+    @classmethod
+    def bind(
+        cls,
+        objective: InnerObjective,
+        phi: Any,
+        theta: Any,
+        *data: Any,
+        batch_ndim: int = 0,
+        seed: int | None = None,
+        batching: Batching | None = None,
+    ) -> InnerProblem:
+        """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
+
+        Autocast is remembered: whatever evaluates the problem later does so in the same precision.
+
+        Raises:
+            TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
+            ValueError: batch dimensions are empty or differ between phi and data.
+        """
+        if not callable(objective) and not isinstance(objective, Equations):
+            raise TypeError(f"objective must be callable, got {type(objective).__name__}")
+        if batch_ndim < 0:
+            raise ValueError(f"Invalid batch_ndim: {batch_ndim}: it must be >= 0")
+        layout = Layout.of(phi, batch_ndim)
+        first = pytree.tree_leaves(phi)[0]
+        batch = tuple(first.shape[:batch_ndim])
+        if 0 in batch:
+            raise ValueError(f"the batch dimensions {batch} are empty: give at least one task")
+        for path, leaf in pytree.tree_flatten_with_path(data)[0]:
+            if not isinstance(leaf, Tensor):
+                continue
+            if tuple(leaf.shape[:batch_ndim]) != batch:
+                raise ValueError(
+                    f"data{keystr(path)} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} "
+                    f"it must lead with phi's batch dimensions {batch}"
+                )
+            _check_device(f"data{keystr(path)}", leaf, first)
+        for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                _check_device(f"theta{keystr(path)}", leaf, first)
+        batching = ByDefault() if batching is None else batching
+        evaluator = Evaluator.now(first.device, seed, batching)
+        return cls(objective, layout, theta, data, (True,) * batch_ndim, evaluator)
+
+    # -- values and derivatives of the sum over the batch ------------------------------------------
+
+    def values(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The objective of every task."""
+        term = self.quadratic
+        return self.rest(phi) if term is None else self.rest(phi) + term.values(phi)
+
+    def rest(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The objective of every task without the proximal term that is known."""
+        if self._knows_proximal:
+            return self.fits(phi)
+        objective = cast(Callable[..., Any], self.objective)
+        return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
+
+    @property
+    def quadratic(self) -> Quadratic | None:
+        """The proximal term, if it is [`proximal`][implicit_optim.proximal]."""
+        if not self._knows_proximal:
+            return None
+        return self.term or Quadratic.of(self.theta, self.layout, self.shared)
+
+    @property
+    def _knows_proximal(self) -> bool:
+        return getattr(self.objective, "proximal", None) is proximal
+
+    def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
+        """The structured objective's predictions for every task."""
+        predict = self.structured.predict
+        one = lambda p, _, *inputs: only_tensors(predict(p, *inputs))  # noqa: E731
+        return self._map(one, phi, None, self.data[:-1])
+
+    def losses(self, output: Any) -> Float[Tensor, "*batch"]:
+        """The structured objective's loss of every task, given its predictions."""
+        loss = self.structured.loss
+        one = lambda o, _, y: _scalar(loss(as_returned(o), y))  # noqa: E731
+        return self._vmap(one, output, None, self.data[-1:])
+
+    def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+        """The structured objective's data term of every task."""
+        fit = self.structured.fit
+        return self._map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
+
+    def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> SecondOrder:
+        """Gradient, Hessian product and values of the structured objective's proximal term."""
+        known, term = self.quadratic, self.structured.proximal
+        if known is not None:
+            return known.at(phi)
+        if term is None:
+            return torch.zeros_like(phi), torch.zeros_like, phi.new_zeros(phi.shape[:-1])
+        one = lambda *args: _scalar(term(*args))  # noqa: E731
+        return second_order(lambda phi: self._map(one, phi, self.theta, ()), phi)
+
+    def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Gradient of every task's objective, from one backward pass through the sum.
+
+        Of equations it is the residual, which takes its place in all that follows.
+        """
+        if isinstance(self.objective, Equations):
+            return self._residuals(phi, self.objective.residual)
+        slope, term = gradient(self.rest, phi, known=self.known)[0], self.quadratic
+        return slope if term is None else term.add_slope(slope, phi)
+
+    @property
+    def known(self) -> list[Any] | None:
+        """Where the objective's graph may end, if anything else is an error."""
+        return pytree.tree_leaves((self.theta, self.data)) if self.closed else None
+
+    def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
+        ravel = self.layout.ravel
+        return cast(Tensor, self._map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data))
+
+    def grad_and_value(
+        self, phi: Float[Tensor, "*batch n"]
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
+        """Gradient and value of every task's objective."""
+        (slope, values), term = gradient(self.rest, phi, known=self.known), self.quadratic
+        if term is None:
+            return slope, values
+        more, _, penalties = term.at(phi)
+        return slope + more, values + penalties
+
+    def precondition(self, r: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """``r / lam`` where the objective knows its proximal term, else ``r``."""
+        solve = getattr(self.objective, "inverse_proximal", None)
+        if solve is None:
+            return r
+        term = self.quadratic
+        if solve is inverse_proximal and term is not None:
+            return term.inverse(r)
+        ravel = self.layout.ravel
+        return self._vmap(
+            lambda r, theta: ravel(solve(self.layout.unravel(r), theta)), r, self.theta, ()
+        )
+
+    @property
+    def structured(self) -> Objective:
+        """The objective, if it has the structure that Gauss-Newton needs, else a ``TypeError``."""
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                "GaussNewton needs the structure of the objective: pass "
+                "Objective(predict, loss, proximal), or use curvature=Hessian with a plain function"
+            )
+        return self.objective
+
+    def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
+        unravel = self.layout.unravel
+        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
+
+    def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
+        """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
+        return self.evaluator.map(one, first, theta, data, self.shared)
+
+    # -- tensors in and out, for the autograd.Functions --------------------------------------------
+
+    def tensors(self) -> tuple[list[Any], list[Any]]:
+        """Leaves of data (which carry the batch dimensions) and of theta."""
+        return pytree.tree_leaves(self.data), pytree.tree_leaves(self.theta)
+
+    def with_tensors(self, data: list[Any], theta: list[Any]) -> InnerProblem:
+        """The same problem over other tensors."""
+        return replace(
+            self,
+            data=pytree.tree_unflatten(data, pytree.tree_structure(self.data)),
+            theta=pytree.tree_unflatten(theta, pytree.tree_structure(self.theta)),
+            term=None,
+        )
+
+    def detach(self) -> InnerProblem:
+        """The same problem over tensors without a graph."""
+        detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        theta, data = pytree.tree_map(detach, (self.theta, self.data))
+        return replace(self, theta=theta, data=data, term=None).prepared()
+
+    def prepared(self) -> InnerProblem:
+        """The same problem with its proximal term made once, for many evaluations."""
+        return replace(self, term=self.quadratic)
+
+    def parts(self, solve: Callable[[InnerProblem, slice | int], Any], tasks: int) -> list[Any]:
+        """Call ``solve`` for the chunks of the ``batching``, with their problems and where they stand.
+
+        That is a slice of the outermost dimension, or the index of a single task, whose problem lacks
+        the dimension; ``slice(None)`` with this problem, if it has no batch dimension.
+        """
+        if not self.shared:
+            return [solve(self, slice(None))]
+
+        def of(chunk: slice) -> Any:
+            place = chunk.start if chunk.stop - chunk.start == 1 else chunk
+            return solve(self._part(place), place)
+
+        return self.evaluator.batching.run(of, tasks)
+
+    def _part(self, place: slice | int) -> InnerProblem:
+        """The problems of a chunk; that of one task without the dimension: there is nothing to batch."""
+        alone = isinstance(place, int)
+        return replace(
+            self,
+            data=pick(self.data, place),
+            theta=self.theta if self.shared[0] else pick(self.theta, place),
+            shared=self.shared[1:] if alone else self.shared,
+            evaluator=self.evaluator.part(place),
+            term=self.term if all(self.shared) else None,
+        )
+
+    def select(self, index: tuple[int, ...]) -> InnerProblem:
+        """The problem of one task, without batch dimensions."""
+        if not all(self.shared):
+            raise ValueError("one task can be selected only where all tasks share theta")
+        return replace(self, data=pick(self.data, index), shared=(), term=None)
+
+    def add_batch(self, data: list[Any], theta: list[Any], *, shared: bool) -> InnerProblem:
+        """The same problem with one more batch dimension in front, carried by these tensors."""
+        return replace(self.with_tensors(data, theta), shared=(shared, *self.shared))
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"objective must return one scalar per task, got {what}: reduce the loss over the examples, "
+            "and set batch_ndim to the number of leading task dimensions of phi and data"
+        )
+    return value
+
+
+def _check_device(name: str, leaf: Tensor, phi: Tensor) -> None:
+    if leaf.device != phi.device:
+        raise ValueError(f"{name} is on {leaf.device} but phi is on {phi.device}: move one of them")
