@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from implicit_optim._evaluation import (
-    Batching,
-    apply,
-    forward_mode,
-    full_precision,
-    gradient,
-    lead,
-    push_forward,
-    save,
-    saved,
-    split_grads,
-    vjp,
-)
+from implicit_optim._evaluation import Batching, autograd, full_precision, gradient, vjp
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, GMRES, LinearSolver
 from implicit_optim._operator import (
@@ -112,17 +100,12 @@ def attach(
     )
     problem = replace(problem, closed=True)
     flat = problem.layout.ravel(phi)
-    return problem.layout.unravel(
-        attach_flat(
-            flat, problem, linear_solver=linear_solver, curvature=curvature, on_solve=on_solve
-        )
-    )
+    return problem.layout.unravel(attach_flat(flat, problem, linear_solver, curvature, on_solve))
 
 
 def attach_flat(
     phi: Tensor,
     problem: InnerProblem,
-    *,
     linear_solver: LinearSolver | None,
     curvature: Curvature,
     on_solve: OnSolve | None,
@@ -130,7 +113,7 @@ def attach_flat(
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
     matrix = curvature
     if curvature in (GaussNewton, SafeguardedHessian):
-        smooth(problem).structured  # noqa: B018  raises where the structure is missing
+        smooth(problem).check_structure()
     if isinstance(problem.objective, Equations):
         matrix = Jacobian
         if linear_solver is not None and linear_solver.needs_symmetry:
@@ -142,39 +125,32 @@ def attach_flat(
         matrix = partial(OnSupport, matrix=curvature)
     if linear_solver is None:
         linear_solver = GMRES() if matrix is Jacobian else CG()
-    own, common = problem.tensors()
-    blank = problem.with_tensors([None] * len(own), [None] * len(common))
-    rule = Rule(blank, linear_solver, matrix, on_solve, len(own))
-    return apply(ImplicitMetaGradient, _ReverseImplicit, rule, phi.detach(), *own, *common)
+    template, tensors = autograd.Template.of(problem)
+    rule = ImplicitRule(template, linear_solver, matrix, on_solve)
+    return autograd.apply(ImplicitMetaGradient, _ReverseImplicit, rule, phi.detach(), *tensors)
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class ImplicitRule:
     """How [`ImplicitMetaGradient`][implicit_optim.ImplicitMetaGradient] differentiates.
 
     Attributes:
-        problem: the inner problem without its tensors.
+        problem: the inner problem without its tensors, which are the data's and theta's.
         linear_solver: solves with the curvature.
         curvature: the matrix.
         on_solve: told of every solve.
-        count: how many of the tensors belong to the data; the others are theta's.
     """
 
-    problem: InnerProblem
+    problem: autograd.Template
     linear_solver: LinearSolver
     curvature: Curvature
     on_solve: OnSolve | None
-    count: int
-
-    def bind(self, tensors: list[Any]) -> InnerProblem:
-        """The problem over these tensors."""
-        return self.problem.with_tensors(tensors[: self.count], tensors[self.count :])
 
     def solve(
         self, phi: Tensor, tensors: list[Any], v: Tensor, *, transposed: bool = False
     ) -> Tensor:
         """``A^-1 v``, or ``A^-T v``, with the curvature at phi."""
-        operator = self.curvature(self.bind(tensors), phi)
+        operator = self.curvature(self.problem.bind(tensors), phi)
         if isinstance(operator, OnSupport):
             v = torch.where(phi == 0, 0.0, v)
         if not isinstance(operator, Operator):
@@ -184,44 +160,46 @@ class Rule:
 
     def mixed(self, phi: Tensor, tensors: list[Any], needed: list[bool], w: Tensor) -> list[Any]:
         """``d <w, grad_phi F> / d tensors``: of the data a gradient per task, of theta their sum."""
-        problem = self.bind(tensors)
-
-        def per_task(i: int) -> bool:
-            return i < self.count or not problem.shared[0]
+        problem, count = self.problem.bind(tensors), self.problem.count
+        summed = [i >= count and problem.shared[:1] == (True,) for i in range(len(tensors))]
 
         def part(problem: InnerProblem, tasks: slice | int) -> list[Any]:
-            alone = isinstance(tasks, int)
-            each = enumerate(self._mixed(problem, phi[tasks], needed, w[tasks]))
-            return [g[None] if alone and g is not None and per_task(i) else g for i, g in each]
+            grads = self._mixed(problem, phi[tasks], needed, w[tasks])
+            if isinstance(tasks, slice):
+                return grads
+            each = zip(grads, summed, strict=True)
+            return [g if g is None or is_summed else g[None] for g, is_summed in each]
 
-        def join(i: int, pieces: tuple[Tensor, ...]) -> Tensor:
-            return torch.cat(pieces) if per_task(i) else sum(pieces[1:], pieces[0])
+        def join(pieces: tuple[Any, ...], is_summed: bool) -> Any:
+            if len(pieces) == 1 or pieces[0] is None:
+                return pieces[0]
+            return sum(pieces[1:], pieces[0]) if is_summed else torch.cat(pieces)
 
         parts = problem.parts(part, phi.shape[0])
-        if len(parts) == 1:
-            return parts[0]
-        each = enumerate(zip(*parts, strict=True))
-        return [None if pieces[0] is None else join(i, pieces) for i, pieces in each]
+        return [join(*each) for each in zip(zip(*parts, strict=True), summed, strict=True)]
 
     def _mixed(
         self, problem: InnerProblem, phi: Tensor, needed: list[bool], w: Tensor
     ) -> list[Any]:
-        data, theta = problem.tensors()
-        count, leaves = self.count, [*data, *theta]
+        template, leaves = autograd.Template.of(problem)
 
-        def bind(leaves: list[Any]) -> InnerProblem:
-            return problem.with_tensors(leaves[:count], leaves[count:])
+        def slope(leaves: list[Any]) -> Tensor:
+            return cast(Tensor, template.bind(leaves).grad(phi))
+
+        def fit(leaves: list[Any]) -> Tensor:
+            return gradient(template.bind(leaves).fits, phi)[0]
+
+        def term(leaves: list[Any]) -> Tensor:
+            return template.bind(leaves).proximal_at(phi)[0]
 
         if not isinstance(problem.objective, Objective):
-            return split_grads(lambda leaves: bind(leaves).grad(phi), leaves, needed, w)
-
-        # Of a structured F, only the part that each tensor is in.
+            return autograd.split_grads(slope, leaves, needed, w)
+        # Of a structured F, only the part that each tensor is in. A formula needs no torch.func.
+        count, pull = template.count, None if problem.quadratic is None else vjp
         of_data = [need and i < count for i, need in enumerate(needed)]
         of_theta = [need and i >= count for i, need in enumerate(needed)]
-        data = split_grads(lambda ls: gradient(bind(ls).fits, phi)[0], leaves, of_data, w)
-        pull = None if problem.quadratic is None else vjp  # a formula needs no torch.func
-        slope = lambda ls: bind(ls).proximal_at(phi)[0]  # noqa: E731
-        theta = split_grads(slope, leaves, of_theta, w, vjp=pull)
+        data = autograd.split_grads(fit, leaves, of_data, w)
+        theta = autograd.split_grads(term, leaves, of_theta, w, vjp=pull)
         return [*data[:count], *theta[count:]]
 
 
@@ -229,7 +207,7 @@ class _ReverseImplicit(torch.autograd.Function):
     """What torch.compile takes of `ImplicitMetaGradient`: all but forward mode."""
 
     @staticmethod
-    def forward(rule: Rule, phi: Tensor, *tensors: Any) -> Tensor:
+    def forward(rule: ImplicitRule, phi: Tensor, *tensors: Any) -> Tensor:
         """Return phi ``[*batch, n]``; the tensors are the data's and theta's leaves."""
         return phi.view_as(phi)
 
@@ -237,12 +215,12 @@ class _ReverseImplicit(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the *output*: the second derivative must see phi as a function of theta."""
         ctx.rule, _, *tensors = inputs
-        save(ctx, output, tensors)
+        autograd.save(ctx, output, tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         """One linear solve, one mixed vector-Jacobian product."""
-        phi, tensors = saved(ctx)
+        phi, tensors = autograd.saved(ctx)
         w = ctx.rule.solve(phi, tensors, v, transposed=True)
         needed = list(ctx.needs_input_grad[2:])
         with full_precision(phi.device):
@@ -253,14 +231,9 @@ class _ReverseImplicit(torch.autograd.Function):
         """Add the new dimension to the batch."""
         rule, phi, *tensors = args
         _, phi_dim, *dims = in_dims
-        count, size = rule.count, info.batch_size
-        own, common = lead(tensors[:count], dims[:count], size), tensors[count:]
-        shared = all(dim is None for dim in dims[count:])
-        if not shared:
-            common = lead(common, dims[count:], size)
-        problem = rule.problem.add_batch([None] * len(own), [None] * len(common), shared=shared)
-        (phi,) = lead([phi], [phi_dim], size)
-        return ImplicitMetaGradient.apply(replace(rule, problem=problem), phi, *own, *common), 0
+        template, tensors = rule.problem.add_batch(tensors, dims, info.batch_size)
+        (phi,) = autograd.lead([phi], [phi_dim], info.batch_size)
+        return ImplicitMetaGradient.apply(replace(rule, problem=template), phi, *tensors), 0
 
 
 class ImplicitMetaGradient(_ReverseImplicit):
@@ -278,9 +251,11 @@ class ImplicitMetaGradient(_ReverseImplicit):
         >>> import torch, implicit_optim as iopt
         >>> F = lambda phi, theta: (phi**2).sum() / 2 - (theta * phi).sum()
         >>> theta = torch.tensor([3.0], requires_grad=True)
-        >>> problem = iopt.InnerProblem.bind(F, torch.zeros(1), theta)
-        >>> rule = Rule(problem, iopt.CG(), iopt.Hessian, None, count=0)
-        >>> ImplicitMetaGradient.apply(rule, torch.tensor([3.0]), theta).backward()
+        >>> problem, tensors = autograd.Template.of(
+        ...     iopt.InnerProblem.bind(F, torch.zeros(1), theta)
+        ... )
+        >>> rule = ImplicitRule(problem, iopt.CG(), iopt.Hessian, None)
+        >>> ImplicitMetaGradient.apply(rule, torch.tensor([3.0]), *tensors).backward()
         >>> theta.grad.item()
         1.0
 
@@ -288,12 +263,14 @@ class ImplicitMetaGradient(_ReverseImplicit):
     """
 
     @staticmethod
-    @forward_mode
+    @autograd.forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """One mixed Jacobian-vector product, one linear solve."""
-        phi, tensors = saved(ctx, forward=True)
+        phi, tensors = autograd.saved(ctx, forward=True)
         with full_precision(phi.device):
-            change = push_forward(lambda ts: ctx.rule.bind(ts).grad(phi), tensors, tangents[2:])
+            change = autograd.push_forward(
+                lambda ts: ctx.rule.problem.bind(ts).grad(phi), tensors, tangents[2:]
+            )
         if change is None:
             return torch.zeros_like(phi)
         return ctx.rule.solve(phi, tensors, -change)

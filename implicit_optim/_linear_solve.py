@@ -10,16 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._evaluation import (
-    apply,
-    forward_mode,
-    full_precision,
-    lead,
-    push_forward,
-    save,
-    saved,
-    split_grads,
-)
+from implicit_optim._evaluation import autograd, full_precision
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
 from implicit_optim._outcome import OnSolve, Solution, joined, led
@@ -84,10 +75,9 @@ def linear_solve(
         raise TypeError(
             f"b has dtype {b.dtype} but the operator has {dtype}: bring them to one dtype"
         )
-    own, common = operator.tensors()
-    blank = operator.with_tensors([None] * len(own), [None] * len(common))
-    rule = _Rule(blank, linear_solver, on_solve, len(own))
-    x, status, *numbers = apply(_LinearSolve, _ReverseLinearSolve, rule, b, *own, *common)
+    template, tensors = autograd.Template.of(operator)
+    rule = _Rule(template, linear_solver, on_solve)
+    x, status, *numbers = autograd.apply(_LinearSolve, _ReverseLinearSolve, rule, b, *tensors)
     names = (*linear_solver.stats_names, "stationarity")
     solution = Solution(x, status, dict(zip(names, numbers, strict=True)))
     other = operator.fallback()
@@ -101,16 +91,11 @@ def linear_solve(
 
 @dataclass(frozen=True, eq=False)
 class _Rule:
-    """What is solved with what: an operator without its tensors, the first ``count`` of them own."""
+    """What is solved with what, and who is told."""
 
-    blank: Operator
+    operator: autograd.Template
     linear_solver: LinearSolver
     on_solve: OnSolve | None
-    count: int
-
-    def bind(self, tensors: list[Any]) -> Operator:
-        """The operator over these tensors."""
-        return self.blank.with_tensors(tensors[: self.count], tensors[self.count :])
 
     def solve(self, operator: Operator, b: Tensor) -> Tensor:
         """``A^-1 b``, for a derivative, itself differentiable."""
@@ -131,7 +116,7 @@ class _ReverseLinearSolve(torch.autograd.Function):
             return led(Solution(value, status, stats | {"stationarity": norm(gradient)}), tasks)
 
         with full_precision(b.device):
-            value, status, stats = joined(rule.bind(list(tensors)).parts(solve))
+            value, status, stats = joined(rule.operator.bind(list(tensors)).parts(solve))
         return (value, status, *stats.values())
 
     @staticmethod
@@ -140,33 +125,28 @@ class _ReverseLinearSolve(torch.autograd.Function):
         x, *others = output
         ctx.mark_non_differentiable(*others)
         ctx.outputs = len(others)
-        save(ctx, x, tensors)
+        autograd.save(ctx, x, tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, tensors = saved(ctx)
+        x, tensors = autograd.saved(ctx)
         if grads[0] is None:
             return (None,) * (2 + len(tensors))
-        bind = ctx.rule.bind
+        bind = ctx.rule.operator.bind
         w = ctx.rule.solve(bind(tensors).transpose(), grads[0])
         needed = ctx.needs_input_grad[2:]
         with full_precision(x.device):
-            pulled = split_grads(lambda leaves: bind(leaves).mv(x), tensors, needed, -w)
+            pulled = autograd.split_grads(lambda leaves: bind(leaves).mv(x), tensors, needed, -w)
         return (None, w, *pulled)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         rule, b, *tensors = args
         _, b_dim, *dims = in_dims
-        count, size = rule.count, info.batch_size
-        own, common = lead(tensors[:count], dims[:count], size), tensors[count:]
-        shared = all(d is None for d in dims[count:])
-        if not shared:
-            common = lead(common, dims[count:], size)
-        (b,) = lead([b], [b_dim], size)
-        blank = rule.blank.add_batch([None] * len(own), [None] * len(common), shared=shared)
-        out = _LinearSolve.apply(replace(rule, blank=blank), b, *own, *common)
+        template, tensors = rule.operator.add_batch(tensors, dims, info.batch_size)
+        (b,) = autograd.lead([b], [b_dim], info.batch_size)
+        out = _LinearSolve.apply(replace(rule, operator=template), b, *tensors)
         return out, (0,) * len(out)
 
 
@@ -174,12 +154,12 @@ class _LinearSolve(_ReverseLinearSolve):
     """The same in forward mode too, which torch.compile does not take."""
 
     @staticmethod
-    @forward_mode
+    @autograd.forward_mode
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        x, tensors = saved(ctx, forward=True)
-        bind = ctx.rule.bind
+        x, tensors = autograd.saved(ctx, forward=True)
+        bind = ctx.rule.operator.bind
         db = torch.zeros_like(x) if tangents[1] is None else tangents[1]
         with full_precision(x.device):
-            dA_x = push_forward(lambda leaves: bind(leaves).mv(x), tensors, tangents[2:])
+            dA_x = autograd.push_forward(lambda leaves: bind(leaves).mv(x), tensors, tangents[2:])
         dx = ctx.rule.solve(bind(tensors), db if dA_x is None else db - dA_x)
         return (dx, *(None,) * ctx.outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from dataclasses import dataclass, field
 
@@ -21,40 +20,40 @@ from implicit_optim._solver import Solver
 from implicit_optim._vectors import where
 
 Leaves = dict[str, Tensor]
+Vectors = Float[Tensor, "*batch n"]
 
 
-class MetaGradient(abc.ABC):
+class MetaGradient:
     """Solves the inner problems of a batch of tasks and makes the solutions differentiable.
+
+    A rule of one's own writes the step of `adapt` in which it differs: `solve` or `differentiate`.
 
     Examples:
         >>> import torch, implicit_optim as iopt
-        >>> class NoAdaptation(iopt.MetaGradient):
-        ...     def adapt(self, problem, start, solver, on_solve):
-        ...         anchor, lam = problem.theta
-        ...         return problem.layout.ravel(anchor).expand_as(start)
+        >>> class HalfTheWay(iopt.MetaGradient):
+        ...     def differentiate(self, phi, problem, on_solve):
+        ...         anchor = problem.layout.ravel(problem.theta.anchor)
+        ...         return phi + (anchor - anchor.detach()) / 2
+        >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> meta = iopt.MetaLearner(
-        ...     torch.nn.Linear(1, 1),
+        ...     model,
         ...     torch.nn.functional.mse_loss,
         ...     solver=iopt.gd(lr=0.1),
-        ...     meta_gradient=NoAdaptation(),
+        ...     meta_gradient=HalfTheWay(),
         ... )
-        >>> batch = torch.ones(2, 3, 1), meta.model(torch.ones(2, 3, 1)).detach()
-        >>> meta(batch, batch).tolist()
-        [0.0, 0.0]
+        >>> batch = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        >>> meta.adapt(batch)["weight"].sum().backward()
+        >>> model.weight.grad.item()
+        0.5
     """
 
-    @abc.abstractmethod
     def adapt(
-        self,
-        problem: InnerProblem,
-        start: Float[Tensor, "*batch n"],
-        solver: Solver,
-        on_solve: OnSolve,
-    ) -> Float[Tensor, "*batch n"]:
-        """Adapt to every task of a batch.
+        self, problem: InnerProblem, start: Vectors, solver: Solver, on_solve: OnSolve
+    ) -> Vectors:
+        """Adapt to every task of a batch: solve, then differentiate.
 
         Args:
-            problem: the inner problems, with a proximal term; ``problem.theta`` is ``(anchor, lam)``.
+            problem: the inner problems; ``problem.theta`` has ``anchor`` and ``lam``.
             start: where the solver starts, ``[*batch, n]``, without a graph: the anchor.
             solver: the inner solver.
             on_solve: told of every solve, by name.
@@ -63,6 +62,18 @@ class MetaGradient(abc.ABC):
             phi ``[*batch, n]``, a function of theta and the data. A task in which NaN or inf appeared
             is NaN throughout, so that it cannot pass unseen.
         """
+        solution = self.solve(problem, start, solver)
+        on_solve("minimize", solution)
+        phi = where(solution.status == Status.NONFINITE.value, math.nan, solution.value)
+        return self.differentiate(phi, problem, on_solve)
+
+    def solve(self, problem: InnerProblem, start: Vectors, solver: Solver) -> Solution:
+        """The inner solutions ``[*batch, n]``. Default: without a graph."""
+        return solve(problem, start, solver)
+
+    def differentiate(self, phi: Vectors, problem: InnerProblem, on_solve: OnSolve) -> Vectors:
+        """The solutions phi as a function of theta and the data. Default: a constant."""
+        return phi
 
     def outer(self, anchor: Leaves, phi: Leaves, losses: Tensor) -> Tensor:
         """The losses that ``forward`` returns, for a rule whose gradient is not that of the query loss.
@@ -103,17 +114,9 @@ class Implicit(MetaGradient):
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_steps=5))
     curvature: Curvature = Hessian
 
-    def adapt(
-        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
-    ) -> Tensor:
-        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        return attach_flat(
-            _solved(problem, start, solver, on_solve),
-            problem,
-            linear_solver=self.linear_solver,
-            curvature=self.curvature,
-            on_solve=on_solve,
-        )
+    def differentiate(self, phi: Tensor, problem: InnerProblem, on_solve: OnSolve) -> Tensor:
+        """See [`MetaGradient.differentiate`][implicit_optim.MetaGradient.differentiate]."""
+        return attach_flat(phi, problem, self.linear_solver, self.curvature, on_solve)
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,9 @@ class FirstOrder(MetaGradient):
     Source: Finn et al. 2017, section 5.2; Rajeswaran et al. 2019, appendix A.
     """
 
-    def adapt(
-        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
-    ) -> Tensor:
-        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        phi = _solved(problem, start, solver, on_solve)
-        anchor = problem.layout.ravel(problem.theta[0])
+    def differentiate(self, phi: Tensor, problem: InnerProblem, on_solve: OnSolve) -> Tensor:
+        """See [`MetaGradient.differentiate`][implicit_optim.MetaGradient.differentiate]."""
+        anchor = problem.layout.ravel(problem.theta.anchor)
         return phi + (anchor - anchor.detach())
 
 
@@ -158,11 +158,9 @@ class Unrolled(MetaGradient):
     Source: Finn et al. 2017, Eq. 1; Rajeswaran et al. 2019, Eq. 3.
     """
 
-    def adapt(
-        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
-    ) -> Tensor:
-        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        return _unrolled(problem, start, solver, on_solve, f"{self}")
+    def solve(self, problem: InnerProblem, start: Tensor, solver: Solver) -> Solution:
+        """See [`MetaGradient.solve`][implicit_optim.MetaGradient.solve]."""
+        return _unrolled(self, problem, start, solver, 0)
 
 
 @dataclass(frozen=True)
@@ -209,17 +207,15 @@ class Truncated(MetaGradient):
         if self.steps < 1:
             raise ValueError(f"Invalid steps: {self.steps}: it must be >= 1; none: FirstOrder()")
 
-    def adapt(
-        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
-    ) -> Tensor:
-        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
+    def solve(self, problem: InnerProblem, start: Tensor, solver: Solver) -> Solution:
+        """See [`MetaGradient.solve`][implicit_optim.MetaGradient.solve]."""
         if solver.tol > 0:
             raise ValueError(
                 f"{self} counts steps from the last one, which a solver with tol > 0 does not know "
                 "beforehand: set tol=0 and max_steps, or use Implicit()"
             )
         first = max(solver.max_steps - self.steps, 0)
-        return _unrolled(problem, start, solver, on_solve, f"{self}", first)
+        return _unrolled(self, problem, start, solver, first)
 
 
 @dataclass(frozen=True)
@@ -249,12 +245,6 @@ class Reptile(MetaGradient):
     al. 2019, appendix A; Mishchenko et al. 2023 (Moreau envelope).
     """
 
-    def adapt(
-        self, problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve
-    ) -> Tensor:
-        """See [`MetaGradient.adapt`][implicit_optim.MetaGradient.adapt]."""
-        return _solved(problem, start, solver, on_solve)
-
     def outer(self, anchor: Leaves, phi: Leaves, losses: Tensor) -> Tensor:
         """The query losses' values with the gradient of ``1/2 ||theta - phi||^2``."""
         offsets = [(p - phi[name].detach()).reshape(len(losses), -1) for name, p in anchor.items()]
@@ -263,34 +253,15 @@ class Reptile(MetaGradient):
 
 
 def _unrolled(
-    problem: InnerProblem,
-    start: Tensor,
-    solver: Solver,
-    on_solve: OnSolve,
-    rule: str,
-    graph_from: int = 0,
-) -> Tensor:
-    """The last iterate, with the graph of the steps from ``graph_from`` on."""
+    rule: MetaGradient, problem: InnerProblem, start: Tensor, solver: Solver, first: int
+) -> Solution:
+    """The last iterate, with the graph of the steps from the ``first`` on."""
     if not solver.differentiable:
         raise TypeError(
             f"meta_gradient={rule} needs a solver whose steps can be differentiated, gd or agd, "
             f"got {type(solver).__name__.strip('_')}: use Implicit(), which takes any solver"
         )
-    anchor = problem.layout.ravel(problem.theta[0]).expand_as(start)
+    anchor = problem.layout.ravel(problem.theta.anchor).expand_as(start)
     with full_precision(start.device):
-        init = anchor if graph_from == 0 else start
-        solution = run(problem.prepared(), init, solver, graph_from=graph_from)
-    on_solve("minimize", solution)
-    return _or_nan(solution)
-
-
-def _solved(problem: InnerProblem, start: Tensor, solver: Solver, on_solve: OnSolve) -> Tensor:
-    """The inner solutions, without a graph."""
-    solution = solve(problem, start, solver)
-    on_solve("minimize", solution)
-    return _or_nan(solution)
-
-
-def _or_nan(solution: Solution) -> Tensor:
-    bad = solution.status == Status.NONFINITE.value
-    return where(bad, math.nan, solution.value)
+        init = anchor if first == 0 else start
+        return run(problem.prepared(), init, solver, graph_from=first)

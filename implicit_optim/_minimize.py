@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._evaluation import Batching, full_precision
+from implicit_optim._evaluation import Batching, Evaluator, full_precision
 from implicit_optim._outcome import Solution, Status, joined, led
 from implicit_optim._problem import L1, Equations, InnerObjective, InnerProblem
-from implicit_optim._solver import Solver
+from implicit_optim._solver import SOLVERS, Evaluation, Solver
 from implicit_optim._vectors import (
     is_free_to_read,
     largest,
@@ -82,10 +82,7 @@ def minimize(
     Source: Rajeswaran et al. 2019, Eq. 4 and algorithm 2, line 2.
     """
     if not isinstance(solver, Solver):
-        raise TypeError(
-            "solver must be gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or "
-            f"from_torch(...), got {solver!r}"
-        )
+        raise TypeError(f"solver must be {SOLVERS}, got {solver!r}")
     if isinstance(objective, Equations):
         raise TypeError(
             f"{type(objective).__name__} has no value to minimise: solve the equations with any root "
@@ -105,7 +102,10 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
 
     def part(problem: InnerProblem, tasks: slice | int) -> Solution:
         start = init[tasks].clone()  # because a task that takes no step must not return init itself
-        solve = lambda evaluator: run(replace(problem, evaluator=evaluator), start, solver)  # noqa: E731
+
+        def solve(evaluator: Evaluator) -> Solution:
+            return run(replace(problem, evaluator=evaluator), start, solver)
+
         return led(problem.evaluator.entered_once(solve, batched=bool(problem.shared)), tasks)
 
     with torch.no_grad(), full_precision(init.device):
@@ -129,83 +129,104 @@ def run(
         The last iterates, their status, and the statistics of [`minimize`][implicit_optim.minimize].
     """
     _check_kind(problem, solver)
-    careful = not (solver.carries_nonfinite and solver.tol == 0 and is_free_to_read(phi))
-    solution = None if careful else _loop(problem, phi, solver, graph_from, careful=False)
-    if solution is None:
-        solution = _loop(problem, phi, solver, graph_from, careful=True)
-    assert solution is not None
-    return solution
+    graph_from = graph_from if torch.is_grad_enabled() else solver.max_steps + 1
+    solution = None
+    if solver.carries_nonfinite and solver.tol == 0 and is_free_to_read(phi):
+        solution = _run_unmasked(problem, phi, solver, graph_from)
+    return _run_masked(problem, phi, solver, graph_from) if solution is None else solution
 
 
-def _loop(
-    problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: int, *, careful: bool
+def _run_unmasked(
+    problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: int
 ) -> Solution | None:
-    """See `run`.
+    """The fast path: only the last iterate is checked, since non-finite values persist.
 
-    Without care no iterate is looked at before it is taken: if the last one is finite, all were. If it
-    is not there is no solution, and all must be done again with care.
+    ``None`` if there are some: `_run_masked` then finds out in which tasks they appeared.
     """
-    record = torch.is_grad_enabled()
-    running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
-    status = torch.full_like(running, Status.SUCCESS, dtype=torch.int8)
-    steps = torch.zeros_like(running, dtype=torch.int32)
-    grad_norm = first_norm = torch.full_like(running, float("nan"), dtype=phi.dtype)
-    state, at = solver.init(problem, phi), None
-
-    def stop(who: Tensor, why: Status) -> None:
-        nonlocal running, status
-        if none_running_if_free(who):
-            return
-        status = torch.where(running & who, why.value, status)
-        running = running & ~who
-
-    for k in range(solver.max_steps + 1):
-        last = k == solver.max_steps
-        if last and solver.tol == 0:
-            break
-        recorded = record and k >= graph_from
-        try:
-            with _recorded(recorded):
+    state, at, tasks = solver.init(problem, phi), None, _Tasks(phi)
+    first = last = tasks.unknown
+    for k in range(solver.max_steps):
+        with _recorded(k >= graph_from):
+            try:
                 at = solver.known(state) or solver.evaluate(problem, phi)
-            if problem.closed:  # one look is enough
-                problem = replace(problem, closed=False)
-        except Exception:
-            if careful or _is_finite(phi):
-                raise
-            return None  # an objective may refuse NaN
-        if careful or k in (0, solver.max_steps - 1):
-            now = norm(at.grad)
-            first_norm = now if k == 0 else first_norm
-            grad_norm = where(running, now, grad_norm)
+            except Exception:  # an objective may refuse NaN
+                if _is_finite(phi):
+                    raise
+                return None
+            if k in (0, solver.max_steps - 1):
+                last = norm(at.grad)
+                first = last if k == 0 else first
+            phi, state, _ = solver.step(problem, phi, at, state)
+        problem = _opened(problem)
+    if not _is_finite(phi):
+        return None
+    steps = torch.full_like(tasks.status, solver.max_steps, dtype=torch.int32)
+    return tasks.solution(phi, at, steps, first, last)
+
+
+def _run_masked(problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: int) -> Solution:
+    """Every iterate is checked before it is taken, task by task."""
+    state, at, tasks = solver.init(problem, phi), None, _Tasks(phi)
+    steps = torch.zeros_like(tasks.status, dtype=torch.int32)
+    first = last = tasks.unknown
+    looks = solver.max_steps + (solver.tol > 0)  # a tolerance looks at the last iterate too
+    for k in range(looks):
+        with _recorded(k >= graph_from):
+            at = solver.known(state) or solver.evaluate(problem, phi)
+        problem = _opened(problem)
+        now = norm(at.grad)
+        first = now if k == 0 else first
+        last = where(tasks.running, now, last)
         if solver.tol > 0:
-            stop(now <= solver.tol, Status.SUCCESS)
-            if last or (k % solver.check_every == 0 and none_running(running)):
-                stop(~(now < math.inf), Status.NONFINITE)
+            tasks.stop(now <= solver.tol, Status.SUCCESS)
+            may_end = k % solver.check_every == 0 and none_running(tasks.running)
+            if k == solver.max_steps or may_end:
+                tasks.stop(~(now < math.inf), Status.NONFINITE)
                 break
         if (
             solver.uses_value
         ):  # a task that has stopped asks for no direction and no trial of a search
-            at = at._replace(grad=where(~running, 0.0, at.grad))
-        with _recorded(recorded):
+            at = at._replace(grad=where(~tasks.running, 0.0, at.grad))
+        with _recorded(k >= graph_from):
             proposal, state, found = solver.step(problem, phi, at, state)
-        if not careful:
-            phi = proposal
-            continue
-        stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)
+        tasks.stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
-            stop(~found, Status.LINE_SEARCH)
-        phi = where(running, proposal, phi)
-        steps = steps + running
-    if not careful:
-        if not _is_finite(phi):
-            return None
-        steps = steps + solver.max_steps
-    if at is not None and at.point is not None:
-        phi = where(largest(at.point) < math.inf, at.point, phi)
+            tasks.stop(~found, Status.LINE_SEARCH)
+        phi = where(tasks.running, proposal, phi)
+        steps = steps + tasks.running
     if solver.tol > 0:
-        stop(running, Status.MAX_STEPS)
-    stats = {"steps": steps, "grad_norm": grad_norm, "initial_grad_norm": first_norm}
-    return Solution(phi, status.to(torch.int8), stats)
+        tasks.stop(tasks.running, Status.MAX_STEPS)
+    return tasks.solution(phi, at, steps, first, last)
+
+
+class _Tasks:
+    """Which tasks are running, and why the others have stopped."""
+
+    def __init__(self, phi: Tensor) -> None:
+        self.running = torch.ones(phi.shape[:-1], dtype=torch.bool, device=phi.device)
+        self.status = torch.full_like(self.running, Status.SUCCESS, dtype=torch.int8)
+        self.unknown = torch.full_like(self.running, math.nan, dtype=phi.dtype)
+
+    def stop(self, who: Tensor, why: Status) -> None:
+        """Stop these, if they are running."""
+        if none_running_if_free(who):
+            return
+        self.status = torch.where(self.running & who, why.value, self.status)
+        self.running = self.running & ~who
+
+    def solution(
+        self, phi: Tensor, at: Evaluation | None, steps: Tensor, first: Tensor, last: Tensor
+    ) -> Solution:
+        """What the loop returns: of a proximal rule the proximal point, where it is finite."""
+        if at is not None and at.point is not None:
+            phi = where(largest(at.point) < math.inf, at.point, phi)
+        stats = {"steps": steps, "grad_norm": last, "initial_grad_norm": first}
+        return Solution(phi, self.status.to(torch.int8), stats)
+
+
+def _opened(problem: InnerProblem) -> InnerProblem:
+    """The problem after its first evaluation: one look for foreign tensors is enough."""
+    return replace(problem, closed=False) if problem.closed else problem
 
 
 def _is_finite(phi: Tensor) -> bool:

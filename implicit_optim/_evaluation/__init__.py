@@ -3,20 +3,12 @@
 It uses torch alone; `replaced/` holds what stands in for torch's functions while a model runs.
 """
 
-from implicit_optim._evaluation.autograd import (
-    Foreign,
-    apply,
-    forward_mode,
-    lead,
-    push_forward,
-    save,
-    saved,
-    split_grads,
-)
+from implicit_optim._evaluation import autograd
+from implicit_optim._evaluation.autograd import Foreign
 from implicit_optim._evaluation.batching import Batching, ByDefault, pick
 from implicit_optim._evaluation.derivative import SecondOrder, gradient, second_order, vjp
 from implicit_optim._evaluation.evaluator import Evaluator
-from implicit_optim._evaluation.model import AsFunction, arguments, trainable, undisturbed
+from implicit_optim._evaluation.model import AsFunction, trainable, undisturbed
 from implicit_optim._evaluation.outputs import as_returned, only_tensors
 from implicit_optim._evaluation.precision import full_precision
 from implicit_optim._evaluation.query_loss import of_tasks, query_losses

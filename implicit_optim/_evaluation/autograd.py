@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,10 @@ Function = type[torch.autograd.Function]
 
 
 def apply(function: Function, compiled: Function, *inputs: Any) -> Any:
-    """``function.apply``; while torch.compile traces, that of the base that it takes.
+    """``function.apply``, or that of its base class while torch.compile traces.
 
-    It refuses a ``jvp``, so that a Function keeps its own in a subclass. Without gradients the forward
-    alone does: torch 2.13 hands one that ends in ``*tensors`` a context that it does not take.
+    torch.compile rejects a Function with a ``jvp``, so each keeps its own in a subclass. Without
+    gradients the forward alone does: torch 2.13 passes one that ends in ``*tensors`` a context too many.
     """
     if not torch.compiler.is_compiling():
         return function.apply(*inputs)
@@ -44,16 +45,50 @@ def saved(ctx: Any, *, forward: bool = False) -> tuple[Tensor, Leaves]:
     return output, [o if t is None else t for t, o in zip(leaves, ctx.others, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class Template:
+    """Something made of tensors, without them: what an autograd.Function is given beside its tensors.
+
+    Attributes:
+        blank: an inner problem or an operator over no tensors.
+        count: how many of its tensors carry the batch dimensions; the others come after them.
+    """
+
+    blank: Any
+    count: int
+
+    @classmethod
+    def of(cls, thing: Any) -> tuple[Template, Leaves]:
+        """The template of an inner problem or an operator, and its tensors."""
+        own, common = thing.tensors()
+        return cls(_blank(thing.with_tensors, own, common), len(own)), [*own, *common]
+
+    def bind(self, tensors: Leaves) -> Any:
+        """The thing over these tensors."""
+        return self.blank.with_tensors(tensors[: self.count], tensors[self.count :])
+
+    def add_batch(
+        self, tensors: Leaves, dims: Sequence[int | None], size: int
+    ) -> tuple[Template, Leaves]:
+        """The template with one more batch dimension in front, and tensors that have it."""
+        n = self.count
+        shared = all(dim is None for dim in dims[n:])
+        own, common = lead(tensors[:n], dims[:n], size), tensors[n:]
+        blank = _blank(partial(self.blank.add_batch, shared=shared), own, common)
+        return Template(blank, n), [*own, *(common if shared else lead(common, dims[n:], size))]
+
+
+def _blank(make: Callable[[Leaves, Leaves], Any], own: Leaves, common: Leaves) -> Any:
+    return make([None] * len(own), [None] * len(common))
+
+
 def lead(tensors: Sequence[Any], dims: Sequence[int | None], size: int) -> Leaves:
-    """Give every tensor the new batch dimension in front, by moving it there or by a view.
+    """Give every tensor ``[size, *shape]`` the new batch dimension in front, moved there or as a view.
 
     Args:
         tensors: tensors, or other leaves, which stay as they are.
         dims: where the batch dimension of each stands, ``None`` for one that has none.
         size: length of the batch dimension.
-
-    Returns:
-        The tensors ``[size, *shape]``.
     """
 
     def move(t: Any, dim: int | None) -> Any:
@@ -129,7 +164,7 @@ def forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     without a word.
     """
 
-    @functools.wraps(jvp)
+    @wraps(jvp)
     def enabled(*args: Any) -> Any:
         with forward_mode_enabled():
             return jvp(*args)

@@ -151,4 +151,4 @@ class ByDefault(Batching):
 
 def pick(tree: Any, where: int | slice | tuple[int, ...]) -> Any:
     """Index every tensor of a tree."""
-    return pytree.tree_map(lambda leaf: leaf[where] if isinstance(leaf, Tensor) else leaf, tree)
+    return pytree.tree_map_only(Tensor, lambda t: t[where], tree)

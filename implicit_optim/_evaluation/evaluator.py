@@ -53,10 +53,10 @@ class Evaluator:
         """The same with other random numbers, from the same draw."""
         return self if self.seed is None else replace(self, seed=~self.seed)
 
-    def part(self, place: slice | int) -> Evaluator:
+    def part(self, place: slice | int, batching: Batching | None = None) -> Evaluator:
         """The evaluator of a chunk of the tasks, or of a single one without the batch dimension."""
         first = place if isinstance(place, int) else place.start
-        return replace(self, batching=self.batching.within, start=self.start + first)
+        return replace(self, batching=batching or self.batching.within, start=self.start + first)
 
     def map(
         self,
@@ -90,9 +90,8 @@ class Evaluator:
         if loops or len(places) > 1:
             owns = [theta] * len(places) if shared[0] else _parts(theta, places)
             each = zip(places, _parts(first, places), owns, _parts(data, places), strict=True)
-            inner = replace(self, batching=LOOP if loops else WHOLE)
-            rest = shared[loops:]
-            results = [inner.part(place).map(one, x, own, d, rest) for place, x, own, d in each]
+            way, rest = LOOP if loops else WHOLE, shared[loops:]
+            results = [self.part(place, way).map(one, x, own, d, rest) for place, x, own, d in each]
             join: Callable[..., Tensor] = torch.stack if loops else torch.cat
             return pytree.tree_map(lambda *each: join(each), *results)
         batched, randomness = one, "error" if self.seed is None else "different"

@@ -12,7 +12,7 @@ import inspect
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ _LOCKING = threading.Lock()
 class AsFunction:
     """``(tensors, *inputs) -> output`` of one task, with tensors in place of those of a module.
 
-    The semantics are those of ``torch.func.functional_call``, strict about names. In the threads of a
+    The semantics are those of ``torch.func.functional_call``, strict about names; a dictionary in the
+    last place of the inputs is passed as keywords, if ``forward`` takes them. In the threads of a
     [`Batching`][implicit_optim.Batching] the module's structure is copied once for each of them; tensors
     are shared.
 
     Args:
         model: the module.
-        by_batch: see `_running_stats.Policy`; only where the model is called as it is.
+        by_batch: see `running_stats.Policy`; only where the model is called as it is.
     """
 
     def __init__(self, model: nn.Module, by_batch: bool | None = None) -> None:
@@ -46,8 +47,7 @@ class AsFunction:
         self.by_batch = by_batch
         self.idle: list[_Places] = []  # structural copies that no thread is using
         if not torch.compiler.is_compiling():
-            with undisturbed(model):
-                self.places = _Places(model)
+            self.places = _Places(model)
 
     def under(self, by_batch: bool | None) -> AsFunction:
         """The same with another policy for running statistics."""
@@ -55,43 +55,55 @@ class AsFunction:
         other.by_batch = by_batch
         return other
 
-    def __call__(self, state: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
+    def __call__(self, state: dict[str, Tensor], *inputs: Any) -> Any:
         """The output."""
-        return self._call(None, state, *inputs, **keywords)
+        return self.call(state, *_arguments(self.model, inputs))
 
-    def statistics(self, state: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
+    def statistics(self, state: dict[str, Tensor], *inputs: Any) -> Any:
         """Mean and unbiased variance of all that is normalised meanwhile, by the buffers' names."""
         seen: dict[str, Tensor] = {}
-        self._call(seen, state, *inputs, **keywords)
+        self.call(state, *_arguments(self.model, inputs), seen)
         return seen
 
-    def _call(self, seen: Any, state: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
+    def call(
+        self, state: dict[str, Tensor], inputs: Sequence[Any], keywords: Any, seen: Any = None
+    ) -> Any:
+        """The output of the inputs as they are; statistics are left in ``seen``."""
         if torch.compiler.is_compiling():
             buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             if seen is not None:
                 raise RuntimeError("RunningStats.PER_TASK cannot be compiled: use BATCH or FROZEN")
             with contextlib.nullcontext() if self.by_batch is None else Policy(self.by_batch, {}):
-                return functional_call(self.model, buffers | state, inputs, keywords)
-        with self._places() as places, places.holding(state) as names:
-            if self.by_batch is None:
-                return places.model(*inputs, **keywords)
-            with Policy(self.by_batch, names, seen):
-                return places.model(*inputs, **keywords)
-
-    @contextlib.contextmanager
-    def _places(self) -> Iterator[_Places]:
+                return functional_call(self.model, buffers | state, tuple(inputs), keywords)
         if not in_worker():
-            yield self.places
-            return
+            return self._inside(self.places, state, inputs, keywords, seen)
         try:
             places = self.idle.pop()
         except IndexError:
             with undisturbed(self.model):
-                places = _Places(_structural_copy(self.model))
+                copied = _structural_copy(self.model)
+            places = _Places(copied)
         try:
-            yield places
+            return self._inside(places, state, inputs, keywords, seen)
         finally:
             self.idle.append(places)
+
+    def _inside(
+        self,
+        places: _Places,
+        state: dict[str, Tensor],
+        inputs: Sequence[Any],
+        keywords: Any,
+        seen: Any,
+    ) -> Any:
+        buffers, before = places.put(state)
+        try:
+            if self.by_batch is None:
+                return places.model(*inputs, **keywords)
+            with Policy(self.by_batch, buffers, seen):
+                return places.model(*inputs, **keywords)
+        finally:
+            places.put_back(before)
 
 
 class _Places:
@@ -104,30 +116,38 @@ class _Places:
         attributes: tensors elsewhere in a module's attributes, which hooks (weight norm) and recurrent
             layers make anew from the parameters in each call.
         packed: names of weights in the format ``channels_last``, which a task's have too.
+        compiled: whether some part is compiled.
+        locks: held by whoever has other tensors in these places.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        names = {id(t): name for name, t in model.named_buffers()}
-        names |= {id(t): name for name, t in model.named_parameters()}
         self.slots: list[tuple[dict[str, Any], str, str, bool, Tensor]] = []
         self.attributes: list[tuple[dict[str, Any], str]] = []
         self.compiled = False
-        for module in model.modules():
-            own = vars(module)
-            for is_buffer, place in zip((False, True), places(module), strict=True):
-                for key, t in place.items():
-                    if t is not None:
-                        self.slots.append((place, key, names[id(t)], is_buffer, t))
-            self.attributes += [(own, key) for key in made_in_forward(module)]
-            self.compiled |= is_compiled(module)
+        named = list(model.named_modules())
+        names: dict[int, str] = {}  # a tied tensor has the first of its names
+        self.locks = _Locks(module for _, module in named)
+        with self.locks:
+            for path, module in named:
+                prefix = f"{path}." if path else ""
+                for is_buffer, place in zip((False, True), places(module), strict=True):
+                    for key, t in place.items():
+                        if t is not None:
+                            name = names.setdefault(id(t), prefix + key)
+                            self.slots.append((place, key, name, is_buffer, t))
+                self.attributes += [(vars(module), key) for key in made_in_forward(module)]
+                self.compiled = self.compiled or is_compiled(module)
         self.names = frozenset(names.values())
         self.packed = {name for _, _, name, _, t in self.slots if _is_packed(t)}
-        self.locks = _locks(model)
 
-    @contextlib.contextmanager
-    def holding(self, state: dict[str, Tensor]) -> Iterator[dict[int, str]]:
-        """The tensors stand in their places, which nobody else sees; the names of the buffers."""
+    def put(self, state: dict[str, Tensor]) -> tuple[dict[int, str], tuple[list[Any], list[Any]]]:
+        """Put the tensors in their places, which nobody else sees until they are put back.
+
+        Returns:
+            The names of the buffers by their identity, and what stood there before: a backward pass may
+            come when other tensors stand there than when the problem was bound.
+        """
         if not state.keys() <= self.names:
             raise ValueError(
                 f"the model has no parameters or buffers {sorted(state.keys() - self.names)}: pass "
@@ -135,48 +155,61 @@ class _Places:
             )
         if self.packed:
             state = {name: _pack(t) if name in self.packed else t for name, t in state.items()}
+        self.locks.__enter__()
+        if self.compiled:
+            uncompiled.__enter__()
+        made = [attributes.get(key) for attributes, key in self.attributes]
+        before = [place[key] for place, key, *_ in self.slots], made
         buffers: dict[int, str] = {}
-        with contextlib.ExitStack() as entered:
-            for lock in self.locks:
-                entered.enter_context(lock)
-            if self.compiled:
-                entered.enter_context(uncompiled)
-            # A backward pass may come when other tensors stand there than when the problem was bound.
-            before = [place[key] for place, key, *_ in self.slots]
-            made = [attributes.get(key) for attributes, key in self.attributes]
-            try:
-                for place, key, name, is_buffer, own in self.slots:
-                    given = state.get(name, own)
-                    if is_buffer:
-                        given = own.clone() if given is own else given
-                        buffers[id(given)] = name
-                    place[key] = given
-                yield buffers
-            finally:
-                for (place, key, *_), was in zip(self.slots, before, strict=True):
-                    place[key] = was
-                for (attributes, key), was in zip(self.attributes, made, strict=True):
-                    attributes[key] = was
+        try:
+            for place, key, name, is_buffer, own in self.slots:
+                given = state.get(name, own)
+                if is_buffer:
+                    given = own.clone() if given is own else given
+                    buffers[id(given)] = name
+                place[key] = given
+        except BaseException:
+            self.put_back(before)
+            raise
+        return buffers, before
+
+    def put_back(self, before: tuple[list[Any], list[Any]]) -> None:
+        """Undo `put`."""
+        for (place, key, *_), was in zip(self.slots, before[0], strict=True):
+            place[key] = was
+        for (attributes, key), was in zip(self.attributes, before[1], strict=True):
+            attributes[key] = was
+        if self.compiled:
+            uncompiled.__exit__()
+        self.locks.__exit__()
 
 
-def _locks(model: nn.Module) -> list[threading.RLock]:
+class _Locks:
     """One lock for each module that holds tensors, in one order for all: nobody waits in a circle."""
-    owners = [m for m in model.modules() if any(places(m))]
-    with _LOCKING:
-        return [_LOCKS.setdefault(m, threading.RLock()) for m in sorted(owners, key=id)]
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        owners = sorted((m for m in modules if any(places(m))), key=id)
+        with _LOCKING:
+            self.locks = [_LOCKS.setdefault(m, threading.RLock()) for m in owners]
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        for lock in self.locks:
+            lock.release()
 
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While nobody in another thread has other tensors in the module's places."""
-    with contextlib.ExitStack() as entered:
-        for lock in () if torch.compiler.is_compiling() else _locks(model):
-            entered.enter_context(lock)
-        yield
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _Locks(model.modules())
 
 
-def arguments(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a model is called: a dictionary in the last place as keywords, if ``forward`` takes them."""
+def _arguments(model: nn.Module, inputs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Inputs and keywords of a call."""
     if not inputs or not isinstance(inputs[-1], dict):
         return inputs, {}
     *first, last = inputs
@@ -184,7 +217,7 @@ def arguments(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...
         inspect.signature(model.forward).bind(*first, **last)
     except TypeError:
         return inputs, {}
-    return tuple(first), last
+    return first, last
 
 
 def _structural_copy(model: nn.Module) -> nn.Module:

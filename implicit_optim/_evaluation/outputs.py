@@ -40,5 +40,8 @@ def only_tensors(output: Any) -> Any:
 
 def as_returned(output: Any) -> Any:
     """What `only_tensors` was given."""
-    nothing = lambda x: isinstance(x, _Nothing)  # noqa: E731
-    return pytree.tree_map(lambda x: None if nothing(x) else x, output, is_leaf=nothing)
+
+    def is_nothing(x: Any) -> bool:
+        return isinstance(x, _Nothing)
+
+    return pytree.tree_map(lambda x: None if is_nothing(x) else x, output, is_leaf=is_nothing)

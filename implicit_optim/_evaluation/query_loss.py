@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -90,8 +90,10 @@ class _Eager(torch.autograd.Function):
             return (None,) * (4 + count)
         if torch.is_grad_enabled():
             loss, *args = ctx.asked
-            phi = lambda leaves: pytree.tree_unflatten(leaves, ctx.spec)  # noqa: E731
-            losses = lambda leaves: of_tasks(loss, phi(leaves), *args)  # noqa: E731
+
+            def losses(leaves: list[Tensor]) -> Tensor:
+                return cast(Tensor, of_tasks(loss, pytree.tree_unflatten(leaves, ctx.spec), *args))
+
             return *(None,) * 4, *split_grads(losses, leaves, needed, along)
         each = zip(slopes, needed, strict=True)
         columns = (along.reshape(-1, *[1] * (s.ndim - 1)) * s if need else None for s, need in each)

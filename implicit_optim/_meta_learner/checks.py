@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from implicit_optim._evaluation import Batching, Foreign, RunningStats
 from implicit_optim._meta_gradient import MetaGradient
 from implicit_optim._outcome import Solution
-from implicit_optim._solver import Solver
+from implicit_optim._solver import SOLVERS, Solver
 from implicit_optim._torch import places, pytree
 
 Episode = tuple[Any, ...]
@@ -39,22 +39,20 @@ def count_tasks(name: str, episode: Episode) -> int:
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (nn.Module, "an nn.Module"),
-    "solver": (
-        Solver,
-        "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...) or from_torch(...)",
-    ),
+    "solver": (Solver, SOLVERS),
     "meta_gradient": (
         MetaGradient,
-        "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
+        "Implicit(), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
     ),
     "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
     "batching": (Batching | None, "Batching(...) or None"),
 }
 
 
-def check_kinds(*given: Any) -> None:
-    """Raise ``TypeError`` where one of a learner's arguments, in the order of `_KINDS`, is none."""
-    for (name, (kind, what)), value in zip(_KINDS.items(), given, strict=True):
+def check_kinds(**given: Any) -> None:
+    """Raise ``TypeError`` where one of a learner's arguments is of another kind."""
+    for name, value in given.items():
+        kind, what = _KINDS[name]
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from implicit_optim._evaluation import (
     ByDefault,
     Evaluator,
     RunningStats,
-    arguments,
     as_returned,
     check_statistics,
     draw_seed,
@@ -37,7 +37,7 @@ from implicit_optim._meta_learner.checks import (
 )
 from implicit_optim._meta_learner.loss import loss_function, with_parameters
 from implicit_optim._outcome import OnSolve, Report, Solution, Warn, remembered
-from implicit_optim._problem import InnerProblem, Objective, Proximal, proximal
+from implicit_optim._problem import InnerProblem, Objective, Proximal, Theta, proximal
 from implicit_optim._solver import Solver
 from implicit_optim._vectors import is_free_to_read
 
@@ -110,7 +110,8 @@ class MetaLearner(nn.Module):
     ) -> None:
         super().__init__()
         meta_gradient = Implicit() if meta_gradient is None else meta_gradient
-        check_kinds(model, solver, meta_gradient, running_stats, batching)
+        check_kinds(model=model, solver=solver, meta_gradient=meta_gradient)
+        check_kinds(running_stats=running_stats, batching=batching)
         self.model = model
         self.loss = loss
         self.solver = solver
@@ -185,20 +186,18 @@ class MetaLearner(nn.Module):
     def _adapt(
         self, model: AsFunction, support: Episode, evaluator: Evaluator
     ) -> dict[str, Tensor]:
-        tasks = count_tasks("support", support)
+        tasks, anchor = count_tasks("support", support), self.anchor()
         check_statistics(self.model, self.running_stats)
         model = model.under(self._by_batch(adapting=True))
-        problem = self._inner_problem(model, tasks, support, evaluator)
-        start = problem.layout.ravel(problem.theta[0]).detach().expand(tasks, -1)
+        like = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
+        theta, data = Theta(anchor, self.proximal()), with_parameters(self.loss, support, tasks)
+        problem = InnerProblem.bind(self._objective(model), like, theta, *data, batch_ndim=1)
+        problem = replace(problem, evaluator=evaluator, closed=True)
+        start = problem.layout.ravel(anchor).detach().expand(tasks, -1)
         flat = self.meta_gradient.adapt(problem, start, self.solver, self._record)
         phi = problem.layout.unravel(flat)
         if self.running_stats is RunningStats.PER_TASK:
-
-            def statistics(phi: Any, *inputs: Any) -> Any:
-                inputs, keywords = arguments(self.model, inputs)
-                return model.statistics(phi, *inputs, **keywords)
-
-            phi = phi | of_tasks(statistics, phi, tuple(support[:-1]), evaluator)
+            phi = phi | of_tasks(model.statistics, phi, tuple(support[:-1]), evaluator)
         return phi
 
     def predict(self, phi: dict[str, Tensor], *inputs: Any) -> Any:
@@ -223,8 +222,10 @@ class MetaLearner(nn.Module):
             raise ValueError(f"phi must hold {sorted(needed)}, as adapt() returns them, got {got}")
         count_tasks("phi and inputs", (phi, *inputs))
         model = AsFunction(self.model, self._by_batch(adapting=False))
-        outputs = self._objective(model).predict
-        one = lambda phi, *inputs: only_tensors(outputs(phi, *inputs))  # noqa: E731
+
+        def one(phi: Any, *inputs: Any) -> Any:
+            return only_tensors(model(phi, *inputs))
+
         return as_returned(of_tasks(one, phi, inputs, self._evaluator(inputs)))
 
     def report(self) -> Report:
@@ -240,11 +241,7 @@ class MetaLearner(nn.Module):
         return self._objective(AsFunction(self.model, self._by_batch(adapting=True)))
 
     def _objective(self, model: AsFunction) -> Objective:
-        def outputs(phi: Any, *inputs: Any) -> Any:
-            inputs, keywords = arguments(self.model, inputs)
-            return model(phi, *inputs, **keywords)
-
-        return Objective(outputs, loss_function(self.loss), proximal)
+        return Objective(model, loss_function(self.loss), proximal)
 
     def _by_batch(self, *, adapting: bool) -> bool | None:
         """Whether the norms with running statistics take those of the batch."""
@@ -256,24 +253,10 @@ class MetaLearner(nn.Module):
 
     def _evaluator(self, data: tuple[Any, ...]) -> Evaluator:
         """How one call evaluates tasks like these."""
-        device = next(p.device for p in self.anchor().values())
+        device = attrgetter(self._adapting[0])(self.model).device
         seed = draw_seed() if self.stochastic else None
         batching = (self.batching or self._by_default).suited_to(data)
         return Evaluator.now(device, seed, batching)
-
-    def _inner_problem(
-        self, model: AsFunction, tasks: int, support: Episode, evaluator: Evaluator
-    ) -> InnerProblem:
-        anchor = self.anchor()
-        phi = {name: p.detach().expand(tasks, *p.shape) for name, p in anchor.items()}
-        problem = InnerProblem.bind(
-            self._objective(model),
-            phi,
-            (anchor, self.proximal()),
-            *with_parameters(self.loss, support, tasks),
-            batch_ndim=1,
-        )
-        return replace(problem, evaluator=evaluator, closed=True)
 
     def _record(self, name: str, solution: Solution) -> None:
         if torch.compiler.is_compiling():  # a graph has no side effects

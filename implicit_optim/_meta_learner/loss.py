@@ -29,7 +29,7 @@ def loss_function(loss: Loss) -> Loss:
 
     def of_target(output: Any, target: Any) -> Tensor:
         own, target = target if isinstance(target, _Target) else ({}, target)
-        result: Tensor = module(own, output, target)
+        result: Tensor = module.call(own, (output, target), {})
         return result
 
     return of_target

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit_optim._checks import check
 from implicit_optim._evaluation import (
     Batching,
     ByDefault,
@@ -77,7 +78,7 @@ class InnerProblem:
     ) -> InnerProblem:
         """Bind and check; ``phi`` and ``data`` carry ``batch_ndim`` leading dimensions, theta none.
 
-        Autocast is remembered: whatever evaluates the problem later does so in the same precision.
+        Autocast is remembered, and in force whenever the problem is evaluated.
 
         Raises:
             TypeError: the objective cannot be called, or phi has a leaf that is no float tensor.
@@ -85,30 +86,28 @@ class InnerProblem:
         """
         if not callable(objective) and not isinstance(objective, Equations):
             raise TypeError(f"objective must be callable, got {type(objective).__name__}")
-        if batch_ndim < 0:
-            raise ValueError(f"Invalid batch_ndim: {batch_ndim}: it must be >= 0")
+        check("batch_ndim", batch_ndim, "be >= 0")
         layout = Layout.of(phi, batch_ndim)
         first = pytree.tree_leaves(phi)[0]
         batch = tuple(first.shape[:batch_ndim])
         if 0 in batch:
             raise ValueError(f"the batch dimensions {batch} are empty: give at least one task")
-        for path, leaf in pytree.tree_flatten_with_path(data)[0]:
-            if not isinstance(leaf, Tensor):
-                continue
-            if tuple(leaf.shape[:batch_ndim]) != batch:
-                raise ValueError(
-                    f"data{keystr(path)} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} "
-                    f"it must lead with phi's batch dimensions {batch}"
-                )
-            _check_device(f"data{keystr(path)}", leaf, first)
-        for path, leaf in pytree.tree_flatten_with_path(theta)[0]:
-            if isinstance(leaf, Tensor) and leaf.ndim > 0:
-                _check_device(f"theta{keystr(path)}", leaf, first)
-        batching = ByDefault() if batching is None else batching
-        evaluator = Evaluator.now(first.device, seed, batching)
+        for name, tree in (("data", data), ("theta", theta)):
+            for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+                if not isinstance(leaf, Tensor):
+                    continue
+                what = f"{name}{keystr(path)}"
+                if name == "data" and tuple(leaf.shape[:batch_ndim]) != batch:
+                    raise ValueError(
+                        f"{what} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} it must lead "
+                        f"with phi's batch dimensions {batch}"
+                    )
+                if leaf.device != first.device and (name == "data" or leaf.ndim > 0):
+                    raise ValueError(
+                        f"{what} is on {leaf.device} but phi is on {first.device}: move one of them"
+                    )
+        evaluator = Evaluator.now(first.device, seed, batching or ByDefault())
         return cls(objective, layout, theta, data, (True,) * batch_ndim, evaluator)
-
-    # -- values and derivatives of the sum over the batch ------------------------------------------
 
     def values(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
         """The objective of every task."""
@@ -120,7 +119,7 @@ class InnerProblem:
         if self._knows_proximal:
             return self.fits(phi)
         objective = cast(Callable[..., Any], self.objective)
-        return self._map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
+        return self.map(lambda *args: _scalar(objective(*args)), phi, self.theta, self.data)
 
     @property
     def quadratic(self) -> Quadratic | None:
@@ -133,22 +132,39 @@ class InnerProblem:
     def _knows_proximal(self) -> bool:
         return getattr(self.objective, "proximal", None) is proximal
 
+    def map(self, one: Callable[..., Any], phi: Any, theta: Any = None, data: Any = ()) -> Any:
+        """``one(phi, theta, *data)`` of every task ``[*batch, ...]``, evaluated as the objective is.
+
+        Args:
+            one: to a pytree of tensors, of one task's phi as a pytree, theta and data.
+            phi: vectors ``[*batch, n]``.
+            theta: what ``one`` gets as theta.
+            data: the data, or a part of them.
+        """
+        unravel = self.layout.unravel
+        return self._vmap(lambda p, *rest: one(unravel(p), *rest), phi, theta, data)
+
+    def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: Any) -> Any:
+        return self.evaluator.map(one, first, theta, data, self.shared)
+
     def predictions(self, phi: Float[Tensor, "*batch n"]) -> Any:
         """The structured objective's predictions for every task."""
         predict = self.structured.predict
-        one = lambda p, _, *inputs: only_tensors(predict(p, *inputs))  # noqa: E731
-        return self._map(one, phi, None, self.data[:-1])
+        return self.map(lambda p, _, *x: only_tensors(predict(p, *x)), phi, None, self.data[:-1])
 
     def losses(self, output: Any) -> Float[Tensor, "*batch"]:
         """The structured objective's loss of every task, given its predictions."""
+
+        def one(output: Any, _: Any, target: Any) -> Tensor:
+            return _scalar(loss(as_returned(output), target))
+
         loss = self.structured.loss
-        one = lambda o, _, y: _scalar(loss(as_returned(o), y))  # noqa: E731
         return self._vmap(one, output, None, self.data[-1:])
 
     def fits(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
         """The structured objective's data term of every task."""
         fit = self.structured.fit
-        return self._map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
+        return self.map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
 
     def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> SecondOrder:
         """Gradient, Hessian product and values of the structured objective's proximal term."""
@@ -157,8 +173,11 @@ class InnerProblem:
             return known.at(phi)
         if term is None:
             return torch.zeros_like(phi), torch.zeros_like, phi.new_zeros(phi.shape[:-1])
-        one = lambda *args: _scalar(term(*args))  # noqa: E731
-        return second_order(lambda phi: self._map(one, phi, self.theta, ()), phi)
+
+        def values(phi: Tensor) -> Tensor:
+            return cast(Tensor, self.map(lambda *args: _scalar(term(*args)), phi, self.theta))
+
+        return second_order(values, phi)
 
     def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Gradient of every task's objective, from one backward pass through the sum.
@@ -166,7 +185,9 @@ class InnerProblem:
         Of equations it is the residual, which takes its place in all that follows.
         """
         if isinstance(self.objective, Equations):
-            return self._residuals(phi, self.objective.residual)
+            residual, ravel = self.objective.residual, self.layout.ravel
+            residuals = self.map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data)
+            return cast(Tensor, residuals)
         slope, term = gradient(self.rest, phi, known=self.known)[0], self.quadratic
         return slope if term is None else term.add_slope(slope, phi)
 
@@ -174,10 +195,6 @@ class InnerProblem:
     def known(self) -> list[Any] | None:
         """Where the objective's graph may end, if anything else is an error."""
         return pytree.tree_leaves((self.theta, self.data)) if self.closed else None
-
-    def _residuals(self, phi: Tensor, residual: Callable[..., Any]) -> Tensor:
-        ravel = self.layout.ravel
-        return cast(Tensor, self._map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data))
 
     def grad_and_value(
         self, phi: Float[Tensor, "*batch n"]
@@ -198,29 +215,21 @@ class InnerProblem:
         if solve is inverse_proximal and term is not None:
             return term.inverse(r)
         ravel = self.layout.ravel
-        return self._vmap(
-            lambda r, theta: ravel(solve(self.layout.unravel(r), theta)), r, self.theta, ()
-        )
+        return cast(Tensor, self.map(lambda r, theta: ravel(solve(r, theta)), r, self.theta))
 
     @property
     def structured(self) -> Objective:
-        """The objective, if it has the structure that Gauss-Newton needs, else a ``TypeError``."""
+        """The objective, see `check_structure`."""
+        self.check_structure()
+        return cast(Objective, self.objective)
+
+    def check_structure(self) -> None:
+        """Raise ``TypeError`` where the objective lacks the structure that Gauss-Newton needs."""
         if not isinstance(self.objective, Objective):
             raise TypeError(
                 "GaussNewton needs the structure of the objective: pass "
                 "Objective(predict, loss, proximal), or use curvature=Hessian with a plain function"
             )
-        return self.objective
-
-    def _map(self, term: Callable[..., Any], phi: Tensor, theta: Any, data: tuple[Any, ...]) -> Any:
-        unravel = self.layout.unravel
-        return self._vmap(lambda p, *rest: term(unravel(p), *rest), phi, theta, data)
-
-    def _vmap(self, one: Callable[..., Any], first: Any, theta: Any, data: tuple[Any, ...]) -> Any:
-        """Evaluate ``one(first, theta, *data)`` for every task, as things were when it was bound."""
-        return self.evaluator.map(one, first, theta, data, self.shared)
-
-    # -- tensors in and out, for the autograd.Functions --------------------------------------------
 
     def tensors(self) -> tuple[list[Any], list[Any]]:
         """Leaves of data (which carry the batch dimensions) and of theta."""
@@ -237,19 +246,17 @@ class InnerProblem:
 
     def detach(self) -> InnerProblem:
         """The same problem over tensors without a graph."""
-        detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        theta, data = pytree.tree_map(detach, (self.theta, self.data))
-        return replace(self, theta=theta, data=data, term=None).prepared()
+        data, theta = pytree.tree_map_only(Tensor, Tensor.detach, self.tensors())
+        return self.with_tensors(data, theta).prepared()
 
     def prepared(self) -> InnerProblem:
         """The same problem with its proximal term made once, for many evaluations."""
         return replace(self, term=self.quadratic)
 
     def parts(self, solve: Callable[[InnerProblem, slice | int], Any], tasks: int) -> list[Any]:
-        """Call ``solve`` for the chunks of the ``batching``, with their problems and where they stand.
+        """Call ``solve`` for each chunk of tasks, with its problem and its place.
 
-        That is a slice of the outermost dimension, or the index of a single task, whose problem lacks
-        the dimension; ``slice(None)`` with this problem, if it has no batch dimension.
+        That is a slice of the outermost dimension, or the index of one task, whose problem lacks it.
         """
         if not self.shared:
             return [solve(self, slice(None))]
@@ -261,7 +268,7 @@ class InnerProblem:
         return self.evaluator.batching.run(of, tasks)
 
     def _part(self, place: slice | int) -> InnerProblem:
-        """The problems of a chunk; that of one task without the dimension: there is nothing to batch."""
+        """The problem of a chunk, see `parts`."""
         alone = isinstance(place, int)
         return replace(
             self,
@@ -291,8 +298,3 @@ def _scalar(value: Any) -> Tensor:
             "and set batch_ndim to the number of leading task dimensions of phi and data"
         )
     return value
-
-
-def _check_device(name: str, leaf: Tensor, phi: Tensor) -> None:
-    if leaf.device != phi.device:
-        raise ValueError(f"{name} is on {leaf.device} but phi is on {phi.device}: move one of them")

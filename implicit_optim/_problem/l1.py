@@ -108,20 +108,11 @@ def _spread(s: Any, leaf: Tensor) -> Tensor:
         ) from error
 
 
-@dataclass(frozen=True, eq=False)
-class _Strengths(Equations):
-    """The strengths of an objective, in the place of a residual: evaluated task by task as that is."""
-
-    objective: L1
-
-    def residual(self, phi: Any, theta: Any, *data: Any) -> Any:
-        return self.objective.strengths(phi, theta)
-
-
 def strengths(problem: InnerProblem, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     """The strength of every number in phi, of a problem whose objective is an `L1`."""
     assert isinstance(problem.objective, L1)
-    return replace(problem, objective=_Strengths(problem.objective), data=()).grad(phi)
+    each, ravel = problem.objective.strengths, problem.layout.ravel
+    return problem.map(lambda phi, theta: ravel(each(phi, theta)), phi, problem.theta)
 
 
 def smooth(problem: InnerProblem) -> InnerProblem:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._vectors import Layout, dot
+
+
+class Theta(NamedTuple):
+    """What a learner's inner problems depend on.
+
+    Attributes:
+        anchor: where the proximal term pulls to, a pytree like phi.
+        lam: its strength, see `proximal`.
+    """
+
+    anchor: Any
+    lam: Any
 
 
 def proximal(phi: Any, theta: tuple[Any, Any]) -> Float[Tensor, ""]:

@@ -4,7 +4,7 @@ It uses `_search`, `_linear_solver`, `_operator`, `_problem`, `_outcome` and `_v
 """
 
 from implicit_optim._solver.agd import agd, agd_update, resolve_agd
-from implicit_optim._solver.base import Evaluation, Solver, check_lr, check_search
+from implicit_optim._solver.base import SOLVERS, Evaluation, Solver, check_lr, check_search
 from implicit_optim._solver.from_torch import from_torch
 from implicit_optim._solver.gd import gd, gd_update
 from implicit_optim._solver.lbfgs import lbfgs

@@ -14,6 +14,10 @@ from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._problem import InnerProblem
 from implicit_optim._search import Line, Search
 
+# What an error message lists.
+SOLVERS = "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...), trust_region(...), "
+SOLVERS += "proximal_gradient(...) or from_torch(...)"
+
 
 class Evaluation(NamedTuple):
     """What a rule sees at an iterate.
