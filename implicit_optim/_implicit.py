@@ -184,7 +184,7 @@ class ImplicitRule:
         template, leaves = autograd.Template.of(problem)
 
         def slope(leaves: list[Any]) -> Tensor:
-            return cast(Tensor, template.bind(leaves).grad(phi))
+            return cast(Tensor, template.bind(leaves).stationarity(phi))
 
         def fit(leaves: list[Any]) -> Tensor:
             return gradient(template.bind(leaves).fits, phi)[0]
@@ -269,7 +269,7 @@ class ImplicitMetaGradient(_ReverseImplicit):
         phi, tensors = autograd.saved(ctx, forward=True)
         with full_precision(phi.device):
             change = autograd.push_forward(
-                lambda ts: ctx.rule.problem.bind(ts).grad(phi), tensors, tangents[2:]
+                lambda ts: ctx.rule.problem.bind(ts).stationarity(phi), tensors, tangents[2:]
             )
         if change is None:
             return torch.zeros_like(phi)

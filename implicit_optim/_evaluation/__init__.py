@@ -6,7 +6,7 @@ It uses torch alone; `replaced/` holds what stands in for torch's functions whil
 from implicit_optim._evaluation import autograd
 from implicit_optim._evaluation.autograd import Foreign
 from implicit_optim._evaluation.batching import Batching, ByDefault, pick
-from implicit_optim._evaluation.derivative import SecondOrder, gradient, second_order, vjp
+from implicit_optim._evaluation.derivative import Expansion, gradient, second_order, vjp
 from implicit_optim._evaluation.evaluator import Evaluator
 from implicit_optim._evaluation.model import AsFunction, trainable, undisturbed
 from implicit_optim._evaluation.outputs import as_returned, only_tensors

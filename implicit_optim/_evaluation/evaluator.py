@@ -1,8 +1,8 @@
 """How one call evaluates its tasks: batching, precision, random numbers.
 
-All evaluations of one inner problem, in the inner solver and in every product of a linear solve, must
-be of one and the same function. An `Evaluator` remembers autocast and the seed of the moment it was
-made, and brings them back each time; the numbers of a solver itself stay in full precision.
+The inner solver and every product of a linear solve must evaluate the same function. An `Evaluator`
+remembers autocast and the seed from when it was made and restores them for every evaluation; the
+solver's own arithmetic stays in full precision.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from implicit_optim._torch import pytree
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates functions of one task for all tasks of a batch, always in the same way.
+    """Evaluates functions of one task for all tasks of a batch, in the same way each time.
 
     Attributes:
         device: where they are evaluated.
         autocast: dtype of autocast, or ``None`` if it is off.
-        seed: what every evaluation draws its random numbers from, or ``None`` if none may be drawn.
+        seed: from which every evaluation draws its random numbers; ``None``: drawing is an error.
         batching: how the tasks of a batch are evaluated.
-        start: place of its first task in the whole batch: other tasks draw other numbers.
-        watched: whether each evaluation outside of ``vmap`` must see that no numbers are drawn.
+        start: index of its first task in the whole batch, so that each task draws its own numbers.
+        watched: whether each evaluation outside ``vmap`` checks that no numbers were drawn.
     """
 
     device: torch.device
@@ -45,12 +45,12 @@ class Evaluator:
 
     @classmethod
     def now(cls, device: torch.device, seed: int | None, batching: Batching) -> Evaluator:
-        """With the precision in force where this is called."""
+        """An evaluator with the autocast setting of this moment."""
         on = autocast_is_on(device)
         return cls(device, torch.get_autocast_dtype(device.type) if on else None, seed, batching)
 
     def other_draw(self) -> Evaluator:
-        """The same with other random numbers, from the same draw."""
+        """The same, with other random numbers from the same seed."""
         return self if self.seed is None else replace(self, seed=~self.seed)
 
     def part(self, place: slice | int, batching: Batching | None = None) -> Evaluator:
@@ -111,14 +111,14 @@ class Evaluator:
         return result
 
     def entered_once(self, solve: Callable[[Evaluator], Any], *, batched: bool) -> Any:
-        """Call ``solve``, whose many evaluations are watched as a whole for random numbers.
+        """Call ``solve`` and check once, after all its evaluations, that no random numbers were drawn.
 
-        If some were drawn, ``solve`` is called once more, and each of its evaluations tells whether
-        that was the objective.
+        If some were, ``solve`` runs again with a check after each evaluation, which tells whether it was
+        the objective or another thread.
 
         Args:
-            solve: is given what its problem is to be evaluated with.
-            batched: whether ``vmap`` goes around all evaluations, which then watches by itself.
+            solve: is given the evaluator to use.
+            batched: whether all evaluations run under ``vmap``, which checks by itself.
         """
         if torch.compiler.is_compiling() or self.seed is not None:
             return solve(self)
@@ -128,7 +128,7 @@ class Evaluator:
         return solve(self) if loops and drew(before, self.device) else result
 
     def _call(self, fn: Callable[[], Any], *, alone: bool) -> Any:
-        """Call ``fn`` as things were; ``alone``: without ``vmap``, which watches by itself."""
+        """Call ``fn`` with seed and precision restored; ``alone``: outside ``vmap``."""
         if torch.compiler.is_compiling() and self.seed is None:
             return fn()
         try:
@@ -157,7 +157,7 @@ class Evaluator:
 
 
 def _parts(tree: Any, places: list[Any]) -> list[Any]:
-    """The tree at every place, by one differentiable operation a tensor."""
+    """The tree at every place, with one differentiable operation per tensor."""
     leaves, spec = pytree.tree_flatten(tree)
 
     def split(leaf: Any) -> Sequence[Any]:

@@ -69,7 +69,7 @@ class _Eager(torch.autograd.Function):
         def part(chunk: slice) -> tuple[Tensor, ...]:
             own = pytree.tree_unflatten([leaf[chunk] for leaf in leaves], spec)
             args = (pick(data, chunk), evaluator.part(chunk))
-            slopes, values = gradient(lambda phi: of_tasks(loss, phi, *args), own, known=())
+            slopes, values = gradient(lambda phi: of_tasks(loss, phi, *args), own, ends=())
             return values, *pytree.tree_leaves(slopes)
 
         parts = evaluator.batching.run(part, len(leaves[0]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_optim._evaluation import SecondOrder, gradient, second_order, vjp
+from implicit_optim._evaluation import Expansion, gradient, second_order, vjp
 from implicit_optim._operator.base import Leaves, Linearized, LowRank, Operator, Vector
 from implicit_optim._problem import InnerProblem
 from implicit_optim._torch import pytree
@@ -40,7 +40,7 @@ class Curvature(Operator):
 
         return self.problem.parts(part, self.phi.shape[0])
 
-    def _linearized(self, problem: InnerProblem, *terms: SecondOrder) -> Linearized:
+    def _linearized(self, problem: InnerProblem, *terms: Expansion) -> Linearized:
         """The sum of the terms' gradients, products and values."""
         slopes, products, values = zip(*terms, strict=True)
 
@@ -91,7 +91,7 @@ class Hessian(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graph of one gradient; each product is one pull-back through it."""
         problem, phi = self.problem.prepared(), self.phi
-        rest, term = second_order(problem.rest, phi, known=problem.known), problem.quadratic
+        rest, term = second_order(problem.rest, phi, ends=problem.ends), problem.quadratic
         terms = [rest] if term is None else [rest, term.at(phi)]
         return self._linearized(problem, *terms)
 
@@ -129,10 +129,10 @@ class GaussNewton(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem.prepared(), self.phi
-        output, pull = vjp(problem.predictions, phi, known=problem.known)
+        output, pull = vjp(problem.predictions, phi, ends=problem.ends)
         zero = pytree.tree_map(torch.zeros_like, output)
         _, push = vjp(pull, zero, transpose=True)  # J x: the transpose of J^T
-        slope, out_hessian, losses = second_order(problem.losses, output, known=problem.known)
+        slope, out_hessian, losses = second_order(problem.losses, output, ends=problem.ends)
 
         def mv(x: Tensor) -> Tensor:
             return pull(out_hessian(push(x)))
@@ -186,11 +186,11 @@ class EmpiricalFisher(Curvature):
     def linearize(self) -> Linearized:
         """Keep the graphs of predict and of its transpose, and the slopes of the losses."""
         problem, phi = self.problem.prepared(), self.phi
-        output, pull = vjp(problem.predictions, phi, known=problem.known)
+        output, pull = vjp(problem.predictions, phi, ends=problem.ends)
         if not isinstance(output, Tensor) or output.ndim < phi.ndim:
             raise TypeError("EmpiricalFisher needs predictions that are one tensor [N, ...]")
         _, push = vjp(pull, torch.zeros_like(output), transpose=True)
-        slope, values = gradient(problem.losses, output, known=problem.known)
+        slope, values = gradient(problem.losses, output, ends=problem.ends)
         each = slope.flatten(phi.ndim - 1, -1).unflatten(-1, (output.shape[phi.ndim - 1], -1))
 
         def mv(x: Tensor) -> Tensor:

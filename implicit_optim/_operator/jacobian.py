@@ -49,7 +49,7 @@ class Jacobian(Curvature):
 
     def linearize(self) -> Linearized:
         """Keep the graph of the residual; a product is one pass through it, or through its transpose."""
-        residual, pull = vjp(self.problem.grad, self.phi, known=self.problem.known)
+        residual, pull = vjp(self.problem.stationarity, self.phi, ends=self.problem.ends)
         mv = pull
         if not self.transposed:
             _, mv = vjp(pull, torch.zeros_like(residual), transpose=True)

@@ -19,7 +19,7 @@ from implicit_optim._evaluation import (
     Batching,
     ByDefault,
     Evaluator,
-    SecondOrder,
+    Expansion,
     as_returned,
     gradient,
     only_tensors,
@@ -99,8 +99,8 @@ class InnerProblem:
                 what = f"{name}{keystr(path)}"
                 if name == "data" and tuple(leaf.shape[:batch_ndim]) != batch:
                     raise ValueError(
-                        f"{what} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} it must lead "
-                        f"with phi's batch dimensions {batch}"
+                        f"{what} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} it must "
+                        f"lead with phi's batch dimensions {batch}"
                     )
                 if leaf.device != first.device and (name == "data" or leaf.ndim > 0):
                     raise ValueError(
@@ -115,7 +115,7 @@ class InnerProblem:
         return self.rest(phi) if term is None else self.rest(phi) + term.values(phi)
 
     def rest(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-        """The objective of every task without the proximal term that is known."""
+        """The objective of every task without its `quadratic` term."""
         if self._knows_proximal:
             return self.fits(phi)
         objective = cast(Callable[..., Any], self.objective)
@@ -166,11 +166,11 @@ class InnerProblem:
         fit = self.structured.fit
         return self.map(lambda p, _, *data: _scalar(fit(p, *data)), phi, None, self.data)
 
-    def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> SecondOrder:
+    def proximal_at(self, phi: Float[Tensor, "*batch n"]) -> Expansion:
         """Gradient, Hessian product and values of the structured objective's proximal term."""
-        known, term = self.quadratic, self.structured.proximal
-        if known is not None:
-            return known.at(phi)
+        quadratic, term = self.quadratic, self.structured.proximal
+        if quadratic is not None:
+            return quadratic.at(phi)
         if term is None:
             return torch.zeros_like(phi), torch.zeros_like, phi.new_zeros(phi.shape[:-1])
 
@@ -180,27 +180,27 @@ class InnerProblem:
         return second_order(values, phi)
 
     def grad(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Gradient of every task's objective, from one backward pass through the sum.
-
-        Of equations it is the residual, which takes its place in all that follows.
-        """
-        if isinstance(self.objective, Equations):
-            residual, ravel = self.objective.residual, self.layout.ravel
-            residuals = self.map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data)
-            return cast(Tensor, residuals)
-        slope, term = gradient(self.rest, phi, known=self.known)[0], self.quadratic
+        """Gradient of every task's objective, from one backward pass through the sum."""
+        slope, term = gradient(self.rest, phi, ends=self.ends)[0], self.quadratic
         return slope if term is None else term.add_slope(slope, phi)
 
+    def stationarity(self, phi: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """What is zero at a solution: the gradient of an objective, the residual of equations."""
+        if not isinstance(self.objective, Equations):
+            return self.grad(phi)
+        residual, ravel = self.objective.residual, self.layout.ravel
+        return cast(Tensor, self.map(lambda *a: ravel(residual(*a)), phi, self.theta, self.data))
+
     @property
-    def known(self) -> list[Any] | None:
-        """Where the objective's graph may end, if anything else is an error."""
+    def ends(self) -> list[Any] | None:
+        """Tensors at which the objective's graph may end; ``None`` if any others may be there too."""
         return pytree.tree_leaves((self.theta, self.data)) if self.closed else None
 
     def grad_and_value(
         self, phi: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"]]:
         """Gradient and value of every task's objective."""
-        (slope, values), term = gradient(self.rest, phi, known=self.known), self.quadratic
+        (slope, values), term = gradient(self.rest, phi, ends=self.ends), self.quadratic
         if term is None:
             return slope, values
         more, _, penalties = term.at(phi)
