@@ -598,6 +598,10 @@ def main():
     rows = all_rows()
     missing = [name for name in rows if name not in done]
     chosen = [n for n in rows if any(part in n for part in args.names)] if args.names else missing
+    if not chosen:
+        print(
+            f"All {len(rows)} rows are there: --fresh tries them anew, a name those of that name."
+        )
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool:
         waiting = {pool.submit(alone, name): name for name in chosen}

@@ -1,12 +1,12 @@
 """What settings must be, said and checked in one place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-# What "it must" do, by the words of the error message.
+from torch import Tensor
+
+# Keyed by the words that the error message puts after "it must".
 _RULES: dict[str, Callable[[Any], bool]] = {
     "be >= 0": lambda value: not value < 0,
     "be >= 1": lambda value: not value < 1,
@@ -19,15 +19,20 @@ _RULES: dict[str, Callable[[Any], bool]] = {
 
 
 def check(name: str, value: Any, rule: str) -> None:
-    """Raise ``ValueError`` if a setting does not do what it must, such as ``be >= 1``."""
+    """Raise ``ValueError`` if a number or 0-d tensor breaks a rule, such as ``be >= 1``."""
+    if isinstance(value, Tensor) and value.ndim > 0:
+        raise ValueError(
+            f"Invalid {name} of shape {tuple(value.shape)}: a tensor {name} must be 0-d"
+        )
     if not _RULES[rule](value):
         raise ValueError(f"Invalid {name}: {value}: it must {rule}")
 
 
 class Settings:
-    """Base of frozen dataclasses whose settings are checked when one is made."""
+    """Base class of frozen dataclasses that check their settings on construction."""
 
-    _must: ClassVar[Mapping[str, str]] = {}  # by name, the rule; a default of None keeps any
+    # Setting -> rule. ``None`` is exempt where it is the default.
+    _must: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for name, rule in self._must.items():

@@ -1,8 +1,5 @@
 """The implicit meta-gradient: a solution from anywhere, made a function of what defines it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -14,6 +11,7 @@ from implicit_optim._evaluation import Batching, autograd, full_precision, gradi
 from implicit_optim._linear_solve import linear_solve
 from implicit_optim._linear_solver import CG, GMRES, LinearSolver
 from implicit_optim._operator import (
+    CurvatureChoice,
     GaussNewton,
     Hessian,
     Jacobian,
@@ -24,7 +22,6 @@ from implicit_optim._operator import (
 from implicit_optim._outcome import OnSolve
 from implicit_optim._problem import L1, Equations, InnerObjective, InnerProblem, Objective, smooth
 
-Curvature = Callable[[InnerProblem, Tensor], Operator]
 Tree = TypeVar("Tree")  # a tensor or a pytree of tensors
 
 
@@ -34,7 +31,7 @@ def attach(
     theta: Any,
     *data: Any,
     linear_solver: LinearSolver | None = None,
-    curvature: Curvature = Hessian,
+    curvature: CurvatureChoice = Hessian,
     batch_ndim: int = 0,
     seed: int | None = None,
     batching: Batching | None = None,
@@ -107,7 +104,7 @@ def attach_flat(
     phi: Tensor,
     problem: InnerProblem,
     linear_solver: LinearSolver | None,
-    curvature: Curvature,
+    curvature: CurvatureChoice,
     on_solve: OnSolve | None,
 ) -> Tensor:
     """[`attach`][implicit_optim.attach] on a flat ``phi [*batch, n]`` and a bound problem."""
@@ -143,7 +140,7 @@ class ImplicitRule:
 
     problem: autograd.Template
     linear_solver: LinearSolver
-    curvature: Curvature
+    curvature: CurvatureChoice
     on_solve: OnSolve | None
 
     def solve(

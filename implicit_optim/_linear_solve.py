@@ -1,7 +1,5 @@
 """One differentiable, batchable primitive: ``x = A^-1 b``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor
 from implicit_optim._evaluation import autograd, full_precision
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
 from implicit_optim._operator import Operator
-from implicit_optim._outcome import OnSolve, Solution, joined, led
+from implicit_optim._outcome import OnSolve, Solution, add_task_dim, concatenate
 from implicit_optim._vectors import norm
 
 _DEFAULT = CG()
@@ -113,10 +111,12 @@ class _ReverseLinearSolve(torch.autograd.Function):
             gradient = linearized.gradient
             if gradient is None:
                 gradient = torch.full_like(rhs, math.nan)
-            return led(Solution(value, status, stats | {"stationarity": norm(gradient)}), tasks)
+            return add_task_dim(
+                Solution(value, status, stats | {"stationarity": norm(gradient)}), tasks
+            )
 
         with full_precision(b.device):
-            value, status, stats = joined(rule.operator.bind(list(tensors)).parts(solve))
+            value, status, stats = concatenate(rule.operator.bind(list(tensors)).parts(solve))
         return (value, status, *stats.values())
 
     @staticmethod

@@ -1,7 +1,5 @@
 """Ways to make adapted parameters a function of the meta-parameters; swapping one is one argument."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 
@@ -10,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._evaluation import full_precision
-from implicit_optim._implicit import Curvature, attach_flat
+from implicit_optim._implicit import attach_flat
 from implicit_optim._linear_solver import CG, LinearSolver
 from implicit_optim._minimize import run, solve
-from implicit_optim._operator import Hessian
+from implicit_optim._operator import CurvatureChoice, Hessian
 from implicit_optim._outcome import OnSolve, Solution, Status
 from implicit_optim._problem import InnerProblem
 from implicit_optim._solver import Solver
@@ -112,7 +110,7 @@ class Implicit(MetaGradient):
     """
 
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_steps=5))
-    curvature: Curvature = Hessian
+    curvature: CurvatureChoice = Hessian
 
     def differentiate(self, phi: Tensor, problem: InnerProblem, on_solve: OnSolve) -> Tensor:
         """See [`MetaGradient.differentiate`][implicit_optim.MetaGradient.differentiate]."""

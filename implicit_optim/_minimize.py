@@ -1,7 +1,5 @@
 """The one loop that runs every inner solver: counting, masks, finiteness, status."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from dataclasses import replace
@@ -12,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._evaluation import Batching, Evaluator, full_precision
-from implicit_optim._outcome import Solution, Status, joined, led
+from implicit_optim._outcome import Solution, Status, add_task_dim, concatenate
 from implicit_optim._problem import L1, Equations, InnerObjective, InnerProblem
 from implicit_optim._solver import SOLVERS, Evaluation, Solver
 from implicit_optim._vectors import (
@@ -106,10 +104,12 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
         def solve(evaluator: Evaluator) -> Solution:
             return run(replace(problem, evaluator=evaluator), start, solver)
 
-        return led(problem.evaluator.entered_once(solve, batched=bool(problem.shared)), tasks)
+        return add_task_dim(
+            problem.evaluator.entered_once(solve, batched=bool(problem.shared)), tasks
+        )
 
     with torch.no_grad(), full_precision(init.device):
-        return joined(problem.parts(part, init.shape[0]))
+        return concatenate(problem.parts(part, init.shape[0]))
 
 
 def run(
@@ -191,7 +191,7 @@ def _run_masked(problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: 
             proposal, state, found = solver.step(problem, phi, at, state)
         tasks.stop(~(torch.maximum(now, largest(proposal)) < math.inf), Status.NONFINITE)
         if found is not None:
-            tasks.stop(~found, Status.LINE_SEARCH)
+            tasks.stop(~found, Status.NO_DESCENT)
         phi = where(tasks.running, proposal, phi)
         steps = steps + tasks.running
     if solver.tol > 0:

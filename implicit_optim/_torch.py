@@ -4,8 +4,6 @@ All were seen to work with torch 2.13.0 and 2.14.1; a function says which public
 (``torch._foreach_*``, the operations of all torch optimizers, stay in `optim/`.)
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -200,3 +200,26 @@ def test_hutchinsons_estimate_of_the_diagonal():
     assert torch.equal(again, operator.diagonal(7, torch.Generator().manual_seed(1)))
     with pytest.raises(ValueError, match="Invalid probes: 0"):
         operator.diagonal(0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda A, D: A + 0.1,
+        lambda A, D: A + D,
+        lambda A, D: D + A,
+        lambda A, D: 2 * (A + D),
+        lambda A, D: A + D + 0.1,
+    ],
+)
+def test_a_sum_with_one_curvature_knows_its_stationarity(make):
+    def loss(phi, theta):
+        return (phi**4).sum() + theta * phi.sum()
+
+    phi, theta = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor(3.0)
+    problem = iopt.InnerProblem.bind(loss, phi, theta)
+    A, D = iopt.Hessian(problem, phi), iopt.Diagonal(torch.ones(2, dtype=torch.float64))
+    solution = linear_solve(make(A, D), torch.ones_like(phi))
+    slope = 4 * phi**3 + 3
+    torch.testing.assert_close(solution.stats["stationarity"], slope.norm())
+    assert torch.isnan(linear_solve(A + A, torch.ones_like(phi)).stats["stationarity"])

@@ -132,7 +132,7 @@ def test_fixed_steps_cost_one_product_each(max_steps):
 def test_fixed_steps_never_ask_the_device(monkeypatch):
     """A tensor read by Python is a synchronisation, which is dear on all devices but the CPU."""
     matrix, b = spd(0, 6, 10.0, (3,))
-    monkeypatch.setattr(masks, "_looking_is_free", lambda mask: False)
+    monkeypatch.setattr(masks, "is_free_to_read", lambda mask: False)
 
     def refuse(*args):
         raise AssertionError("a host synchronisation")

@@ -181,7 +181,7 @@ def test_the_status_is_honest(make):
     args = (objective, init, torch.zeros(2, dtype=F64), torch.arange(5), factor)
     value, status, stats = minimize(*args, solver=make(max_steps=40, tol=1e-9), batch_ndim=1)
     assert status[[0, 4]].tolist() == [Status.SUCCESS, Status.SUCCESS]
-    assert status[2:4].tolist() == [Status.NONFINITE, Status.LINE_SEARCH]
+    assert status[2:4].tolist() == [Status.NONFINITE, Status.NO_DESCENT]
     assert status[1] != Status.SUCCESS
     assert torch.equal(value[2:], init[2:]) and stats["steps"][2:].tolist() == [0, 0, 0]
     assert value[0].abs().max() <= 1e-9 and value.isfinite().all()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_neumann_says_where_no_step_helps(limits):
     A = torch.tensor([turn, [[-1.0, 0.0], [0.0, -1.0]], [[1.0, 0.0], [0.0, 0.5]]])
     b = torch.tensor([[1.0, 2.0]]).expand(3, 2)
     x, status, stats = linear_solve(Dense(A, symmetric=False), b, iopt.Neumann(**limits))
-    assert status.tolist() == [Status.LINE_SEARCH, Status.LINE_SEARCH, Status.SUCCESS]
+    assert status.tolist() == [Status.NO_DESCENT, Status.NO_DESCENT, Status.SUCCESS]
     assert x[:2].tolist() == b[:2].tolist()  # the first-order direction, not zero
     assert stats["steps"][:2].tolist() == [0, 0]
     assert stats["residual_norm"][:2].tolist() == pytest.approx([5**0.5, 5**0.5])
@@ -455,3 +456,25 @@ def test_woodbury_as_the_solver_of_a_meta_gradient():
     torch.testing.assert_close(
         gradient(iopt.Auto()), gradient(iopt.CG(rtol=1e-13)), rtol=1e-8, atol=1e-10
     )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_steps": 2}, {"restart": 2, "max_steps": 8}, {"restart": 2, "rtol": 1e-9}],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_gmres_ends_a_cycle_with_a_product_that_is_not_finite(limits, bad):
+    """Its norm is infinite, but the matrix is not called singular, nor is there a finite answer."""
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    calls = []
+
+    def mv(x):
+        calls.append(x)
+        hit = torch.tensor([[bad, 0, 0, 0], [0.0] * 4], dtype=x.dtype)
+        return x @ A + (hit if len(calls) == 2 else 0)
+
+    b = torch.ones(2, 4, dtype=torch.float64)
+    x, status, _ = iopt.GMRES(**limits).solve(iopt.Linearized(mv, lambda r: r), b)
+    assert status[0] == Status.NONFINITE and x[0].isnan().all()
+    assert status[1] != Status.NONFINITE and x[1].isfinite().all()

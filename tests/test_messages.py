@@ -57,7 +57,7 @@ def test_a_strength_of_the_wrong_shape():
     [
         ({"running_stats": "frozen"}, r"running_stats must be RunningStats\.BATCH, FROZEN, .* str"),
         ({"batching": "loop"}, r"batching must be Batching\(\.\.\.\) or None, got str"),
-        ({"meta_gradient": iopt.Implicit}, r"meta_gradient must be Implicit\(\.\.\.\), .* ABCMeta"),
+        ({"meta_gradient": iopt.Implicit}, r"meta_gradient must be Implicit\(\.\.\.\), .* type"),
     ],
 )
 def test_settings_of_the_wrong_kind(settings, message):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from implicit_optim._evaluation.replaced import replaced
 from replaced_cases import Replacing, close
 
 
@@ -106,3 +107,31 @@ def test_torch_says_itself_what_is_wrong():
         with Replacing() as mode, pytest.raises(kind, match=message):
             call()
         assert not mode.used
+
+
+def test_norms_leave_what_torch_refuses_to_torch():
+    x = torch.randn(2, 3, 4)
+    wrong = [
+        (lambda: F.layer_norm(x, (5,)), RuntimeError, r"Given normalized_shape=\[5\]"),
+        (lambda: F.layer_norm(x, ()), RuntimeError, "at least 1-dimensional"),
+        (lambda: F.group_norm(x, 2), RuntimeError, "divisible by num_groups"),
+        (lambda: F.batch_norm(x, None, None, epsilon=1.0), TypeError, "epsilon"),
+        (lambda: F.instance_norm(), TypeError, "missing 1 required positional argument"),
+    ]
+    for call, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            replaced(call)
+
+
+def test_arguments_by_position_and_by_name():
+    x, w, ids = torch.randn(2, 3, 4), torch.randn(4), torch.tensor([[0, 1]])
+    calls = [
+        lambda: F.layer_norm(x, [4], w, None, 1e-3),
+        lambda: F.layer_norm(input=x, normalized_shape=(4,), eps=1e-3, weight=w),
+        lambda: F.batch_norm(x, None, None, w[:3], None, True, 0.1, 1e-3),
+        lambda: torch.embedding(w[:, None], ids, 1, sparse=False),
+        lambda: torch.embedding(w[:, None], ids, 1, False, False),
+        lambda: F.embedding_bag(ids, w[:, None], mode="sum"),
+    ]
+    for call in calls:
+        torch.testing.assert_close(replaced(call), call())

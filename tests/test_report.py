@@ -266,3 +266,42 @@ def test_a_logger_of_ones_own_hears_everything():
     meta, batch = saddle(on_solve=lambda name, solution: heard.append((name, solution.value.shape)))
     meta(batch, batch).sum().backward()
     assert heard == [("minimize", (3, 1)), ("linear_solve", (3, 1))]
+
+
+# -- solvers that take no steps, statuses that no iteration gives ---------------------------------
+
+
+def meta_learner(linear_solver):
+    torch.manual_seed(0)
+    return iopt.MetaLearner(
+        nn.Linear(2, 1).double(),
+        F.mse_loss,
+        solver=iopt.gd(lr=0.2, max_steps=60),
+        meta_gradient=iopt.Implicit(linear_solver, curvature=iopt.GaussNewton),
+    )
+
+
+@pytest.mark.parametrize("solver", [iopt.Cholesky(), iopt.QR(), iopt.Auto(), iopt.Woodbury()])
+def test_a_factorisation_is_reported_and_bounded_without_steps(solver):
+    heard = {}
+    meta = meta_learner(solver)
+    meta.on_solve = heard.__setitem__
+    batch = torch.randn(3, 5, 2, dtype=F64), torch.randn(3, 5, 1, dtype=F64)
+    meta(batch, batch).mean().backward()
+    text, numbers = str(meta.report()), meta.report().numbers()
+    assert "linear_solve   3 of 3 success\n               residual " in text
+    assert "linear_solve/steps" not in numbers and numbers["linear_solve/residual"] < 1e-14
+    constants = {"lam": 1.0, "smoothness": 2.0, "strong_convexity": 1.0}
+    bound = iopt.error_bound(heard["linear_solve"], **constants)
+    residual, stationarity = (
+        heard["linear_solve"].stats[k] for k in ("residual_norm", "stationarity")
+    )
+    torch.testing.assert_close(bound, residual + 2.0 * stationarity)
+
+
+@pytest.mark.parametrize("status", set(iopt.Status) - {iopt.Status.SUCCESS})
+def test_every_failure_has_an_advice(status):
+    numbers = {"steps": torch.ones(4), "residual_norm": torch.zeros(4), "rhs_norm": torch.ones(4)}
+    failed = torch.full((4,), status, dtype=torch.int8)
+    report = iopt.Report({"linear_solve": iopt.Solution(None, failed, numbers)})
+    assert report.advice() == f"linear_solve: {status.message}."

@@ -18,10 +18,11 @@ def test_codes_are_fixed():
         "SUCCESS": 0,
         "MAX_STEPS": 1,
         "NEGATIVE_CURVATURE": 2,
-        "LINE_SEARCH": 3,
+        "NO_DESCENT": 3,
         "NONFINITE": 4,
         "SINGULAR": 5,
     }
+    assert Status.LINE_SEARCH is Status.NO_DESCENT  # its name before 0.2
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -35,7 +36,7 @@ def test_every_status_has_a_message_of_its_own(status):
     [
         (Status.MAX_STEPS, "max_steps"),
         (Status.NEGATIVE_CURVATURE, "GaussNewton"),
-        (Status.LINE_SEARCH, "float64"),
+        (Status.NO_DESCENT, "float64"),
         (Status.NONFINITE, "lr"),
     ],
 )
@@ -57,7 +58,7 @@ def test_share_over_several_batch_dimensions():
 def test_summary_counts_every_status_and_says_what_to_try():
     text = solution(0, 0, 2, 1, 3, 4, 4).summary()
     assert text.startswith("2 of 7 success, ")
-    for count, status in ((1, "MAX_STEPS"), (1, "LINE_SEARCH"), (2, "NONFINITE")):
+    for count, status in ((1, "MAX_STEPS"), (1, "NO_DESCENT"), (2, "NONFINITE")):
         assert f"{count} {status.lower()}: {Status[status].message}" in text
 
 

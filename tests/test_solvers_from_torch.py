@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import vmap
 
+import implicit_optim as iopt
 from implicit_optim import agd, from_torch, gd, minimize
 from inner_solvers import F64, STEEPNESS, parabola_args, parabolas, run
 from problems import CONVEX, logistic, quadratic
@@ -138,3 +139,28 @@ def test_a_torch_optimizer_starts_afresh_in_every_run():
     problem = quadratic()
     solver = from_torch(torch.optim.Adam, lr=0.1, max_steps=5)
     assert torch.equal(run(problem, solver).value, run(problem, solver).value)
+
+
+def test_one_optimizer_a_task_and_random_numbers():
+    """What it minimises is what is differentiated: task by task, or refused with what to do."""
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(6, 1)).double()
+    episode = torch.randn(3, 8, 6, dtype=F64), torch.randn(3, 8, 1, dtype=F64)
+
+    def adapted(batching):
+        meta = iopt.MetaLearner(
+            model,
+            torch.nn.functional.mse_loss,
+            solver=iopt.from_torch(torch.optim.LBFGS, lr=0.5, max_steps=40),
+            meta_gradient=iopt.Implicit(iopt.CG(rtol=1e-12, max_steps=50)),
+            stochastic=True,
+            batching=batching,
+        )
+        stationarity = []
+        meta.on_solve = lambda name, s: stationarity.append(s.stats.get("stationarity"))
+        meta(episode, episode).sum().backward()
+        return stationarity[-1]
+
+    assert float(adapted(iopt.Batching(chunk_size=1)).max()) < 1e-3
+    for batching in (None, iopt.Batching(chunk_size=2)):
+        with pytest.raises(ValueError, match=r"use batching=Batching\(chunk_size=1\)"):
+            adapted(batching)

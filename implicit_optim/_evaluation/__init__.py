@@ -14,7 +14,5 @@ from implicit_optim._evaluation.precision import full_precision
 from implicit_optim._evaluation.query_loss import of_tasks, query_losses
 from implicit_optim._evaluation.random import draw_seed
 from implicit_optim._evaluation.running_stats import (
-    RunningStats,
-    check_statistics,
-    statistics_needed,
-)
+    RunningStats, check_statistics, statistics_needed,
+)  # fmt: skip

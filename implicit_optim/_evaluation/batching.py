@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from implicit_optim._checks import Settings
 from implicit_optim._torch import in_transform, pytree
 
 # Numbers in the inputs of a task (13 images of 28 x 28) from which on a CPU computes convolutions faster
@@ -20,7 +21,7 @@ LARGE_TASK = 10_000
 
 
 @dataclass(frozen=True)
-class Batching:
+class Batching(Settings):
     """How the tasks of a batch are evaluated and solved.
 
     Tasks are independent: every way computes the same, up to the rounding of differently shaped
@@ -47,14 +48,10 @@ class Batching:
         [slice(0, 3, None), slice(3, 5, None)]
     """
 
+    _must: ClassVar = {"chunk_size": "be >= 1", "threads": "be >= 1"}
+
     chunk_size: int | None = None
     threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"Invalid chunk_size: {self.chunk_size}: it must be >= 1")
-        if self.threads < 1:
-            raise ValueError(f"Invalid threads: {self.threads}: it must be >= 1")
 
     @property
     def loops(self) -> bool:

@@ -4,8 +4,6 @@
 costs as much as the operation itself. Inside a solve there is nothing to compose with.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """What to do about errors of torch's that its words do not tell."""
 
-from __future__ import annotations
-
 
 def explained(error: RuntimeError) -> RuntimeError | None:
     """The error with what to do in front of it, ``None`` for one that is not known."""

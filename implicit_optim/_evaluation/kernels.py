@@ -1,7 +1,5 @@
 """Settings of torch's for its kernels that are in force while a function runs that needs them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What a model returns, as a tree of tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

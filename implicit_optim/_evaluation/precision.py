@@ -1,7 +1,5 @@
 """Autocast: whether it is on, and off where a solve must not have it."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

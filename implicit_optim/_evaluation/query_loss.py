@@ -1,7 +1,5 @@
 """Query losses whose gradient is taken with them: one graph at a time instead of all tasks' at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

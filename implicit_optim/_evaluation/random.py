@@ -4,8 +4,6 @@ torch's generators belong to the whole process: whoever changes them for a momen
 solves in several threads do not see each other's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator

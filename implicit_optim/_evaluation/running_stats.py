@@ -4,8 +4,6 @@ The unit is the function, ``F.batch_norm`` or ``F.instance_norm``, told by the b
 whatever layer calls it, and with whatever hooks, is the user's.
 """
 
-from __future__ import annotations
-
 import enum
 import inspect
 from collections.abc import Callable

@@ -1,9 +1,7 @@
 """The solver that looks at the matrix first, and says what it chose."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,10 +11,10 @@ from torch import Tensor
 
 from implicit_optim._linear_solver.base import LinearSolver, safeguarded
 from implicit_optim._linear_solver.cg import CG
-from implicit_optim._linear_solver.direct import QR, Cholesky, dense
+from implicit_optim._linear_solver.direct import QR, Cholesky
 from implicit_optim._linear_solver.gmres import GMRES
 from implicit_optim._linear_solver.minres import MINRES
-from implicit_optim._operator import Linearized
+from implicit_optim._operator import Linearized, dense_matrix
 from implicit_optim._outcome import Solution
 from implicit_optim._vectors import none_running
 
@@ -51,15 +49,10 @@ class Auto(LinearSolver):
     stats_names: ClassVar = ("residual_norm", "rhs_norm", "choice")
     names: ClassVar = ("Cholesky", "QR", "CG", "MINRES", "GMRES")
 
-    _must: ClassVar = {"max_dense": "be >= 0"}
+    _must: ClassVar = dict(rtol="lie in [0, 1)", max_dense="be >= 0")
 
     rtol: float | None = None
     max_dense: int = 100
-    _cg: CG = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "_cg", CG(rtol=self.rtol))  # checks rtol
 
     @torch.no_grad()
     def solve(self, operator: Linearized, b: Float[Tensor, "*batch n"]) -> Solution:
@@ -69,25 +62,24 @@ class Auto(LinearSolver):
             ``stats``: ``residual_norm = ||b - A x||``, ``rhs_norm`` and ``choice``, the place of what
             was chosen in ``Auto.names`` (int8); ``Auto.chosen(solution)`` counts them.
         """
-        first, *others = self._candidates(operator, b)
-        solution = first()
-        for other in others:  # it takes the tasks that are not positive definite
-            solution = safeguarded(solution, other, none=none_running)
+        if b.shape[-1] <= self.max_dense:
+            matrix = dense_matrix(operator.mv, b)
+            direct = (Cholesky(), QR()) if operator.symmetric else (QR(),)
+            solves = [partial(self._by, s, s.on_matrix, matrix, b) for s in direct]
+        else:
+            tol = self.rtol
+            iterative = (
+                (CG(rtol=tol), MINRES(rtol=tol)) if operator.symmetric else (GMRES(rtol=tol),)
+            )
+            solves = [partial(self._by, s, s.solve, operator, b) for s in iterative]
+        solution = solves[0]()
+        for solve in solves[1:]:  # it takes the tasks that are not positive definite
+            solution = safeguarded(solution, solve, none=none_running)
         stats = {name: solution.stats[name] for name in self.stats_names}
         return solution._replace(stats=stats)
 
-    def _candidates(self, operator: Linearized, b: Tensor) -> list[Callable[[], Solution]]:
-        """What may solve it, in the order in which it is tried."""
-        if b.shape[-1] > self.max_dense:
-            iterative = (self._cg, MINRES(rtol=self.rtol))
-            solvers = iterative if operator.symmetric else (GMRES(rtol=self.rtol),)
-            return [partial(self._marked, s, s.solve, operator, b) for s in solvers]
-        matrix = dense(operator, b, self.max_dense)
-        direct = (Cholesky(), QR()) if operator.symmetric else (QR(),)
-        return [partial(self._marked, s, s.on_matrix, matrix, b) for s in direct]
-
-    def _marked(self, solver: LinearSolver, solve: Callable[..., Solution], *args: Any) -> Solution:
-        """A solution with the place of its solver in ``names``."""
+    def _by(self, solver: LinearSolver, solve: Callable[..., Solution], *args: Any) -> Solution:
+        """The solution by one of ``names``, with its place there."""
         value, status, stats = solve(*args)
         choice = torch.full_like(status, self.names.index(type(solver).__name__))
         return self._solution(value, status, stats["residual_norm"], stats["rhs_norm"], choice)

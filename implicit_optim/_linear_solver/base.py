@@ -1,7 +1,5 @@
 """What every linear solver is."""
 
-from __future__ import annotations
-
 import abc
 import math
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from torch import Tensor
 from implicit_optim._checks import Settings
 from implicit_optim._operator import Linearized
 from implicit_optim._outcome import Solution, Status, status_of
-from implicit_optim._vectors import none_running_if_free, norm, power_of_two, where
+from implicit_optim._vectors import none_running, none_running_if_free, norm, power_of_two, where
 
 
 class LinearSolver(Settings, abc.ABC):
@@ -67,26 +65,109 @@ class Iterative(LinearSolver):
 
     stats_names: ClassVar[tuple[str, ...]] = ("steps", "residual_norm", "rhs_norm")
 
-    _must: ClassVar = {
-        "max_steps": "be >= 0",
-        "rtol": "lie in [0, 1)",
-        "atol": "be finite and >= 0",
-        "check_every": "be >= 1",
-    }
+    _must: ClassVar = dict(
+        max_steps="be >= 0", rtol="lie in [0, 1)", atol="be finite and >= 0", check_every="be >= 1"
+    )
 
     max_steps: int | None = None
     rtol: float | None = None
     atol: float = 0.0
     check_every: int = 1
 
-    def limits(self, b: Tensor) -> tuple[int, float, bool]:
-        """Most steps, relative tolerance, and whether just these steps are asked for."""
-        default = 0.0
-        if self.max_steps is None:
-            default = max(1e-6, 100 * torch.finfo(b.dtype).eps)
-        max_steps = min(10 * b.shape[-1], 1000) if self.max_steps is None else self.max_steps
-        rtol = default if self.rtol is None else self.rtol
-        return max_steps, rtol, rtol == 0 and self.atol == 0
+
+class KrylovState:
+    """How an iterative solve goes, task by task; in the end, its solution.
+
+    A solver only reads it. All is in units of ``scale``, a power of two: squares of a tiny or huge b
+    would leave the range of its dtype.
+    """
+
+    def __init__(self, solver: Iterative, operator: Linearized, b: Tensor) -> None:
+        self.eps = torch.finfo(b.dtype).eps
+        rtol, steps = solver.rtol, solver.max_steps
+        if rtol is None:
+            rtol = max(1e-6, 100 * self.eps) if steps is None else 0.0
+        self.max_steps = min(10 * b.shape[-1], 1000) if steps is None else steps
+        self.fixed = rtol == 0 and solver.atol == 0  # just these steps are asked for
+        self.check_every = solver.check_every
+
+        self.operator, self.scale = operator, power_of_two(b)
+        self.b = b / self.scale.unsqueeze(-1)
+        self.first_order = operator.precondition(self.b)
+        self.rhs_norm = self.residual_norm = norm(self.b)
+        # A residual below the rounding of ||b|| is noise: no solve can be asked for less.
+        self.target = torch.maximum(max(rtol, self.eps) * self.rhs_norm, solver.atol / self.scale)
+        finite = torch.isfinite(self.rhs_norm)
+        self.status = status_of((~finite, Status.NONFINITE))
+        self.running = finite & (self.rhs_norm > self.target)
+        self.taken = [torch.zeros_like(finite)]  # for each step, the tasks in which it counts
+        self.largest = torch.zeros_like(self.rhs_norm)  # ||A v|| of a unit vector v seen so far
+
+    def finished(self, step: int) -> bool:
+        """Whether a look before this step, if one is due, finds no task running."""
+        return not self.fixed and step % self.check_every == 0 and none_running(self.running)
+
+    def stop(self, mask: Tensor, why: Status) -> None:
+        """End the running tasks in the mask."""
+        stopped = self.running & mask
+        self.mark(stopped, why)
+        self.running = self.running ^ stopped
+
+    def advance(self, running: Tensor, residual_norm: Tensor, counts_for: Tensor) -> None:
+        """A step is done: who may take another, unless its residual is small enough."""
+        self.taken.append(counts_for)
+        self.residual_norm = residual_norm
+        self.running = running & (residual_norm > self.target)
+
+    def mark(self, mask: Tensor, why: Status) -> None:
+        """Set the status of the tasks in the mask."""
+        self.status = torch.where(mask, why.value, self.status)
+
+    def restart(self, residual_norm: Tensor) -> None:
+        """Go on with the tasks that have not failed and, by their true residual, are not done."""
+        self.running = (self.status == Status.SUCCESS.value) & (residual_norm > self.target)
+
+    def take_back(self, mask: Tensor, residual_norm: Tensor) -> None:
+        """Tasks whose steps were in vain since A is singular, and the residual that they had before."""
+        # An infinite ||A v|| says nothing of A.
+        mask = mask & (self.status != Status.NONFINITE.value)
+        self.mark(mask, Status.SINGULAR)
+        self.residual_norm = torch.where(mask, residual_norm, self.residual_norm)
+
+    def rounding(self, Av_norm: Tensor) -> Tensor:
+        """What of A is rounding, given ``||A v||`` of unit vectors v of the running tasks."""
+        self.largest = torch.maximum(self.largest, torch.where(self.running, Av_norm, 0.0))
+        return 50 * self.eps * self.largest
+
+    def is_lost(self, x: Tensor) -> Tensor:
+        """The tasks where ``A x`` loses two digits of b to rounding: A is singular."""
+        return self.eps * self.largest * norm(x) > 0.01 * self.rhs_norm
+
+    def solution(self, x: Tensor, *, monotone: bool = True) -> Solution:
+        """The solution; a task that took no step gets the first-order direction ``M^-1 b``.
+
+        Where the solver lowers the residual in every step, a task that has raised it is singular.
+        """
+        steps = torch.stack(self.taken, -1).sum(-1, dtype=torch.int32)
+        if not self.fixed:  # recurrences drift away from b - A x: one more product, for honesty
+            true_norm = norm(self.b - self.operator.mv(x))
+            kept = (self.status == Status.NONFINITE.value) | (steps == 0)
+            self.residual_norm = torch.where(kept, self.residual_norm, true_norm)
+            if monotone:
+                worse = self.residual_norm > 1.01 * self.rhs_norm
+                self.take_back(worse, self.rhs_norm)
+                steps = steps * ~worse
+            self.mark(self.status == Status.SUCCESS.value, Status.MAX_STEPS)
+        missed = self.residual_norm > 1.01 * self.target
+        nonfinite = ~torch.isfinite(self.residual_norm) | (self.status == Status.NONFINITE.value)
+        unsolved = (steps == 0) & (self.rhs_norm > self.target)
+        x = where(unsolved, self.first_order, x) * self.scale.unsqueeze(-1)
+        x = where(nonfinite, math.nan, x)
+        self.mark(~missed, Status.SUCCESS)
+        self.mark(nonfinite, Status.NONFINITE)
+        norms = self.scale * self.residual_norm, self.scale * self.rhs_norm
+        stats = dict(zip(Iterative.stats_names, (steps, *norms), strict=True))
+        return Solution(x, self.status, stats)
 
 
 def safeguarded(
@@ -99,75 +180,16 @@ def safeguarded(
     The other solve is not made where ``none`` can tell that there are no such tasks.
     """
     indefinite = solution.status == Status.NEGATIVE_CURVATURE.value
-    value, status, stats = solution.value, solution.status, solution.stats
+    value, status, stats = solution
     if not none(indefinite):
         other = again()
         value = torch.where(indefinite.unsqueeze(-1), other.value, value)
         status = torch.where(indefinite, other.status, status)
-        per_task = {k: v for k, v in stats.items() if v.shape == status.shape}
-        # What is no number per task, such as CG's coefficients, stays that of the first matrix.
-        merged = {k: torch.where(indefinite, other.stats[k], v) for k, v in per_task.items()}
-        stats = stats | merged
+        stats = {
+            # What is no number per task, such as CG's coefficients, stays that of the first matrix.
+            name: torch.where(indefinite, other.stats[name], old)
+            if old.ndim == status.ndim
+            else old
+            for name, old in stats.items()
+        }
     return Solution(value, status, stats | {"fallback": indefinite})
-
-
-def scaled(b: Tensor, rtol: float, atol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divide b by a power of two: quotient, power, the quotient's norm, and the residual it may have.
-
-    Squares of a tiny or huge b would leave the range of its dtype. Below the rounding of ``||b||`` a
-    residual is noise: no solve can be asked for more.
-    """
-    scale = power_of_two(b)
-    b = b / scale.unsqueeze(-1)
-    rhs_norm = norm(b)
-    least = max(rtol, torch.finfo(b.dtype).eps)
-    return b, scale, rhs_norm, torch.maximum(least * rhs_norm, atol / scale)
-
-
-class Outcome:
-    """How a solve goes, task by task: what is left to do, and what to say of it in the end."""
-
-    def __init__(self, b: Tensor, rtol: float, atol: float) -> None:
-        self.b, self.scale, self.rhs_norm, self.target = scaled(b, rtol, atol)
-        self.residual_norm = self.rhs_norm
-        self.nonfinite = ~torch.isfinite(self.rhs_norm)
-        self.running = ~self.nonfinite & (self.rhs_norm > self.target)
-        self.singular = self.stuck = torch.zeros_like(self.running)
-        self.steps = torch.zeros_like(self.running, dtype=torch.int32)
-        self.largest = torch.zeros_like(self.rhs_norm)  # ||A v|| of a unit vector v seen so far
-
-    def see(self, Av_norm: Tensor, active: Tensor) -> Tensor:
-        """Remember ``||A v||`` of unit vectors v; what of A is below the result is rounding."""
-        self.largest = torch.maximum(self.largest, torch.where(active, Av_norm, 0.0))
-        return 50 * torch.finfo(self.b.dtype).eps * self.largest
-
-    def lost(self, proposal: Tensor, who: Tensor) -> Tensor:
-        """The tasks of ``who`` where ``A x`` would lose two digits of b to rounding: A is singular."""
-        eps = torch.finfo(proposal.dtype).eps
-        lost = who & (eps * self.largest * norm(proposal) > 0.01 * self.rhs_norm)
-        self.singular = self.singular | lost
-        return lost
-
-    def solution(self, x: Tensor, operator: Linearized, fixed: bool) -> Solution:
-        """The solution; a task that took no step gets the first-order direction ``M^-1 b``."""
-        if not fixed:
-            true_norm = norm(self.b - operator.mv(x))
-            self.residual_norm = torch.where(self.nonfinite, self.residual_norm, true_norm)
-            broken = self.residual_norm > 1.01 * self.rhs_norm  # worse than no step at all
-            self.singular, self.steps = self.singular | broken, self.steps * ~broken
-            self.residual_norm = torch.where(broken, self.rhs_norm, self.residual_norm)
-        self.nonfinite = self.nonfinite | ~torch.isfinite(self.residual_norm)
-        at_once = (self.steps == 0) & (self.rhs_norm > self.target)
-        x = where(at_once, operator.precondition(self.b), x) * self.scale.unsqueeze(-1)
-        x = where(self.nonfinite, math.nan, x)
-        missed = self.residual_norm > 1.01 * self.target
-        out_of_steps = [] if fixed else [(missed, Status.MAX_STEPS)]
-        status = status_of(
-            *out_of_steps,
-            (self.stuck & missed, Status.LINE_SEARCH),
-            (self.singular & missed, Status.SINGULAR),
-            (self.nonfinite, Status.NONFINITE),
-        )
-        norms = self.scale * self.residual_norm, self.scale * self.rhs_norm
-        stats = dict(zip(Iterative.stats_names, (self.steps, *norms), strict=True))
-        return Solution(x, status, stats)

@@ -1,19 +1,17 @@
 """Conjugate gradients, batched, preconditioned, and honest about negative curvature."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._linear_solver.base import Iterative, scaled
+from implicit_optim._linear_solver.base import Iterative, KrylovState
 from implicit_optim._operator import Linearized
-from implicit_optim._outcome import Solution, Status, status_of
-from implicit_optim._vectors import dot, none_running, norm, selector, where
+from implicit_optim._outcome import Solution, Status
+from implicit_optim._vectors import dot, norm, selector
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class CG(Iterative):
     stats_names: ClassVar = ("steps", "residual_norm", "rhs_norm", "lanczos")
     needs_symmetry: ClassVar = True
 
-    _must: ClassVar = {**Iterative._must, "min_curvature": "lie in [0, 1)"}
+    _must: ClassVar = dict(Iterative._must, min_curvature="lie in [0, 1)")
 
     min_curvature: float | None = None
 
@@ -79,108 +77,67 @@ class CG(Iterative):
             direction it is that of ``x = 0``. ``lanczos [*batch, steps, 2]`` is what
             [`Solution.ritz_values`][implicit_optim.Solution] reads.
         """
-        eps = torch.finfo(b.dtype).eps
-        max_steps, rtol, fixed = self.limits(b)
-        b, scale, rhs_norm, target = scaled(b, rtol, self.atol)
-        residual_norm = rhs_norm
+        state = KrylovState(self, operator, b)
+        least_share = self.min_curvature
+        if least_share is None:
+            least_share = 0.1 if state.fixed else 0.0
+        if state.first_order is state.b:  # nothing is known of M
+            least_share = 0.0
+        x, r, p = torch.zeros_like(b), state.b, state.first_order
+        rz = p_in_M = dot(r, p)  # p.Mp, by the recurrence of Steihaug 1983
+        strength = torch.where(rz > 0, state.rhs_norm.square() / rz, 1.0)  # M, if a multiple of I
+        norm_of_A = torch.zeros_like(rz)  # a lower bound, for what rounding makes of zero
+        seen: list[tuple[Tensor, ...]] = []  # a number a task and step, read when all is over
 
-        first_order = operator.precondition(b)
-        least_share = (0.1 if fixed else 0.0) if self.min_curvature is None else self.min_curvature
-        floor = 0.0 if first_order is b else least_share
-        x, r, p, rz = torch.zeros_like(b), b, first_order, dot(b, first_order)
-        p_in_M = rz  # p.Mp, by the recurrence of Steihaug 1983
-        norm_of_A = torch.zeros_like(rhs_norm)  # a lower bound, for what rounding makes of zero
-        nonfinite = ~torch.isfinite(rhs_norm)
-        running = ~nonfinite & (residual_norm > target)
-        strength = torch.where(rz > 0, rhs_norm.square() / rz, 1.0)  # M, if a multiple of I
-        seen = _Seen([running], [], [rz], [], [])
-
-        for k in range(max_steps):
-            if not fixed and k % self.check_every == 0 and none_running(running):
+        for k in range(state.max_steps):
+            if state.finished(k):
                 break
-            Ap = operator.mv(p)
+            asked, Ap = state.running, operator.mv(p)
             curvature, p_norm = dot(p, Ap), norm(p)
             norm_of_A = torch.maximum(norm_of_A, norm(Ap) / p_norm)
-            least = eps * norm_of_A * p_norm.square()
-            if floor > 0:
-                least = torch.maximum(floor * p_in_M, least)
-            moving = running & ~(curvature <= least) & (curvature < math.inf)
+            least = state.eps * norm_of_A * p_norm.square()
+            if least_share > 0:
+                least = torch.maximum(least_share * p_in_M, least)
+            moving = asked & ~(curvature <= least) & (curvature < math.inf)
             keep, alpha = selector(moving), (rz / curvature).unsqueeze(-1)
             x = keep(torch.addcmul(x, alpha, p), x)
             r = keep(torch.addcmul(r, alpha, Ap, value=-1), r)
-            residual_norm = norm(r)
-            running = moving & (residual_norm > target)
+            state.advance(moving, norm(r), moving)
             z = operator.precondition(r)
             rz, rz_before = dot(r, z), rz
             beta = rz / rz_before
             p = keep(torch.addcmul(z, beta.unsqueeze(-1), p), p)
-            if floor > 0:
+            if least_share > 0:
                 p_in_M = rz + beta.square() * p_in_M
-            seen.add(running, moving, rz, curvature, least)
+            seen.append((asked, state.running, rz_before, beta, curvature, least))
 
-        steps, indefinite, broken = seen.counts()
-        nonfinite = nonfinite | broken | ~torch.isfinite(residual_norm)
-        stopped_at_once = (steps == 0) & (residual_norm > target)
-        if not fixed:  # the recurrence drifts away from b - A x: one more product, for honesty
-            true_norm = norm(b - operator.mv(x))
-            residual_norm = torch.where(nonfinite | stopped_at_once, residual_norm, true_norm)
-        x = where(stopped_at_once, first_order, x) * scale.unsqueeze(-1)
-        x = where(nonfinite, math.nan, x)
-        out_of_steps = [] if fixed else [(residual_norm > 1.01 * target, Status.MAX_STEPS)]
-        status = status_of(
-            *out_of_steps, (indefinite, Status.NEGATIVE_CURVATURE), (nonfinite, Status.NONFINITE)
-        )
-        lanczos = seen.tridiagonal() * strength[..., None, None]
-        return self._solution(x, status, steps, scale * residual_norm, scale * rhs_norm, lanczos)
+        lanczos = b.new_zeros((*b.shape[:-1], 0, 2))
+        if seen:
+            columns = (torch.stack(column, -1) for column in zip(*seen, strict=True))
+            asked, running, rz, beta, curvature, least = columns
+            indefinite, broken = asked & (curvature <= least), asked & ~torch.isfinite(curvature)
+            state.mark(indefinite.any(-1), Status.NEGATIVE_CURVATURE)
+            state.mark(broken.any(-1), Status.NONFINITE)
+            lanczos = _tridiagonal(asked, running, curvature / rz, beta)
+            lanczos = lanczos * strength[..., None, None]
+        solution = state.solution(x, monotone=False)
+        return solution._replace(stats=solution.stats | {"lanczos": lanczos})
 
 
-class _Seen(NamedTuple):
-    """What the iterations leave behind, a number a task and iteration; read when they are over.
+def _tridiagonal(asked: Tensor, running: Tensor, inverse: Tensor, beta: Tensor) -> Tensor:
+    """Diagonal and off-diagonal of the matrix that CG builds, ``[*batch, steps, 2]``.
 
-    Attributes:
-        running: whether a task was going on before the first iteration, and after each.
-        moving: whether the iteration moved it.
-        rz: ``r.z`` before the first iteration, and after each.
-        curvature: ``p.Ap``.
-        least: what it had to exceed.
+    The entries of an iteration that a task did not ask for are NaN, and zero beside the diagonal.
+
+    Args:
+        asked: whether a task was running before each iteration, ``[*batch, steps]``.
+        running: whether after it.
+        inverse: ``1 / alpha = p.Ap / r.z``.
+        beta: ``r.z`` after the iteration over that before.
     """
-
-    running: list[Tensor]
-    moving: list[Tensor]
-    rz: list[Tensor]
-    curvature: list[Tensor]
-    least: list[Tensor]
-
-    def add(self, *numbers: Tensor) -> None:
-        """One more iteration."""
-        for so_far, number in zip(self, numbers, strict=True):
-            so_far.append(number)
-
-    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """How many iterations moved each task; whether one was indefinite, or not finite."""
-        if not self.moving:
-            none = torch.zeros_like(self.running[0])
-            return none.to(torch.int32), none, none
-        asked, curvature = torch.stack(self.running[:-1], -1), torch.stack(self.curvature, -1)
-        indefinite = asked & (curvature <= torch.stack(self.least, -1))
-        broken = asked & ~torch.isfinite(curvature)
-        steps = torch.stack(self.moving, -1).sum(-1, dtype=torch.int32)
-        return steps, indefinite.any(-1), broken.any(-1)
-
-    def tridiagonal(self) -> Tensor:
-        """Diagonal and off-diagonal of the matrix that CG builds, ``[*batch, steps, 2]``.
-
-        The entries of an iteration that a task did not ask for are NaN, and zero beside the diagonal.
-        """
-        rz = torch.stack(self.rz, -1)
-        if not self.moving:
-            return rz.new_zeros((*rz.shape[:-1], 0, 2))
-        running, inverse = torch.stack(self.running, -1), torch.stack(self.curvature, -1)
-        asked, going_on = running[..., :-1], running[..., 1:]
-        inverse = inverse / rz[..., :-1]  # 1 / alpha
-        beta = torch.where(going_on, rz[..., 1:] / rz[..., :-1], 0.0)
-        carried = torch.where(going_on, beta * inverse, 0.0)
-        carried = torch.nn.functional.pad(carried[..., :-1], (1, 0))
-        diagonal = torch.where(asked, inverse + carried, math.nan)
-        beside = torch.where(going_on, beta.sqrt() * inverse, 0.0)
-        return torch.stack([diagonal, beside], -1)
+    beta = torch.where(running, beta, 0.0)
+    carried = torch.where(running, beta * inverse, 0.0)
+    carried = torch.nn.functional.pad(carried[..., :-1], (1, 0))
+    diagonal = torch.where(asked, inverse + carried, math.nan)
+    beside = torch.where(running, beta.sqrt() * inverse, 0.0)
+    return torch.stack([diagonal, beside], -1)

@@ -1,7 +1,6 @@
 """Dense factorisations: for small matrices, and as a check on the others."""
 
-from __future__ import annotations
-
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +19,9 @@ class _Direct(LinearSolver):
     """What the dense solvers share: n products, then a factorisation of ``[*batch, n, n]``."""
 
     stats_names: ClassVar = ("residual_norm", "rhs_norm")
+    failure: ClassVar[Status]
 
-    _must: ClassVar = {"max_n": "be >= 1"}
+    _must: ClassVar = dict(max_n="be >= 1")
 
     max_n: int = 2048
 
@@ -35,31 +35,26 @@ class _Direct(LinearSolver):
         Raises:
             ValueError: n is larger than ``max_n``.
         """
-        return self.on_matrix(dense(operator, b, self.max_n), b)
+        n = b.shape[-1]
+        if n > self.max_n:
+            raise ValueError(
+                f"a dense matrix of n = {n} takes n products and n^2 numbers a task: use CG() or "
+                f"GMRES(), or raise max_n = {self.max_n}"
+            )
+        return self.on_matrix(dense_matrix(operator.mv, b), b)
 
     def on_matrix(self, matrix: Tensor, b: Tensor) -> Solution:
         """The same, once the matrix ``[*batch, n, n]`` is formed."""
-        x, failed, why = self._factored(matrix, b)
+        x, failed = self._factored(matrix, b)
         nonfinite = ~torch.isfinite(matrix.sum((-2, -1))) | ~torch.isfinite(norm(b))
-        x = where(nonfinite, float("nan"), x)
-        status = status_of((failed, why), (nonfinite, Status.NONFINITE))
+        x = where(failed | nonfinite, math.nan, x)
+        status = status_of((failed, self.failure), (nonfinite, Status.NONFINITE))
         residual = b - (matrix @ x.unsqueeze(-1)).squeeze(-1)
         return self._solution(x, status, norm(residual), norm(b))
 
-    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Status]:
-        """The solution, which tasks have none, and why."""
+    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution, and the tasks that have none."""
         raise NotImplementedError
-
-
-def dense(operator: Linearized, b: Tensor, max_n: int) -> Tensor:
-    """The matrix ``[*batch, n, n]``, by n products."""
-    n = b.shape[-1]
-    if n > max_n:
-        raise ValueError(
-            f"a dense matrix of n = {n} takes n products and n^2 numbers a task: use CG() or GMRES(), "
-            f"or raise max_n = {max_n}"
-        )
-    return dense_matrix(operator.mv, b.shape, b)
 
 
 @dataclass(frozen=True)
@@ -85,12 +80,11 @@ class Cholesky(_Direct):
     """
 
     needs_symmetry: ClassVar = True
+    failure: ClassVar = Status.NEGATIVE_CURVATURE
 
-    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Status]:
+    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         factor, info = torch.linalg.cholesky_ex(matrix)
-        x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
-        failed = info != 0
-        return where(failed, float("nan"), x), failed, Status.NEGATIVE_CURVATURE
+        return torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1), info != 0
 
 
 @dataclass(frozen=True)
@@ -116,17 +110,19 @@ class QR(_Direct):
     Source: Golub & Van Loan 2013, section 5.2.
     """
 
-    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Status]:
+    failure: ClassVar = Status.SINGULAR
+
+    def _factored(self, matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         finite = torch.isfinite(matrix.sum((-2, -1)))
         Q, R = torch.linalg.qr(torch.where(finite[..., None, None], matrix, 0.0))
         n = b.shape[-1]
         if n == 0:
-            return b, torch.zeros_like(finite), Status.SINGULAR
+            return b, torch.zeros_like(finite)
         failed = ~(_smallest(R) > n * torch.finfo(b.dtype).eps)
         eye = torch.eye(n, dtype=b.dtype, device=b.device)
         R = torch.where(failed[..., None, None], eye, R)
-        x = torch.linalg.solve_triangular(R, Q.mT @ b.unsqueeze(-1), upper=True).squeeze(-1)
-        return where(failed, float("nan"), x), failed, Status.SINGULAR
+        x = torch.linalg.solve_triangular(R, Q.mT @ b.unsqueeze(-1), upper=True)
+        return x.squeeze(-1), failed
 
 
 def _smallest(R: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:

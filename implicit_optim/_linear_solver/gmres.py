@@ -1,7 +1,5 @@
 """GMRES: for matrices that are not symmetric, batched."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._linear_solver.base import Iterative, Outcome
+from implicit_optim._linear_solver.base import Iterative, KrylovState
 from implicit_optim._operator import Linearized
-from implicit_optim._outcome import Solution
-from implicit_optim._vectors import directions, none_running, norm, products, where
+from implicit_optim._outcome import Solution, Status
+from implicit_optim._vectors import directions, norm, products, unit, where
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class GMRES(Iterative):
     Source: Saad & Schultz 1986; Saad 2003, sections 6.5 and 9.3.2.
     """
 
-    _must: ClassVar = {**Iterative._must, "restart": "be >= 1"}
+    _must: ClassVar = dict(Iterative._must, restart="be >= 1")
 
     restart: int = 50
 
@@ -62,77 +60,64 @@ class GMRES(Iterative):
             ``stats``: ``steps`` (int32), ``residual_norm = ||b - A x||`` and ``rhs_norm``, in b's
             units; with a tolerance the true residual, which costs a product, else the recurrence's.
         """
-        max_steps, rtol, fixed = self.limits(b)
-        so_far = Outcome(b, rtol, self.atol)
-        x, r, taken = torch.zeros_like(b), so_far.b, 0
-        while taken < max_steps:
+        state = KrylovState(self, operator, b)
+        x, r = torch.zeros_like(b), state.b
+        longest = max(1, min(self.restart, b.shape[-1]))
+        for taken in range(0, state.max_steps, longest):
             if taken > 0:
-                r = so_far.b - operator.mv(x)
-                so_far.running = so_far.running & (norm(r) > so_far.target)
-            if not fixed and none_running(so_far.running):
+                r = state.b - operator.mv(x)
+                state.restart(norm(r))
+            if state.finished(0):
                 break
-            size = min(self.restart, b.shape[-1], max_steps - taken)
-            doing = so_far.running  # by those who are done in the meantime the last cycle is kept
-            change, shorter, residual = self._cycle(operator, r, size, so_far, fixed)
-            lost = so_far.lost(x + change, doing)
-            x = where(doing, x + where(lost, shorter, change), x)
-            so_far.residual_norm = torch.where(lost, residual, so_far.residual_norm)
-            so_far.running = doing & ~so_far.nonfinite & ~so_far.singular
-            taken += size
-        return so_far.solution(x, operator, fixed)
+            active = state.running  # a task that is done before the others keeps all of the cycle
+            size = min(longest, state.max_steps - taken)
+            change, shorter, residual = self._cycle(state, r, size)
+            lost = active & state.is_lost(x + change)
+            x = where(active, x + where(lost, shorter, change), x)
+            state.take_back(lost, residual)
+        return state.solution(x)
 
-    def _cycle(
-        self, operator: Linearized, r: Tensor, size: int, so_far: Outcome, fixed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _cycle(self, state: KrylovState, r: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """The change of x that minimises the residual over ``size`` more dimensions.
 
         Also that of one dimension less where a task came to its end, and the residual norm there.
         """
-        active, length = so_far.running, norm(r)
-        basis = [_unit(r, length)]
-        rest, right, columns = length, [], []  # of the least-squares problem
-        shorter: list[Tensor] = []
-        residual = length
+        operator, length = state.operator, norm(r)
+        rest = residual = length
+        basis = [unit(r, length)]
+        right, shorter, columns = [], [], []  # of the least-squares problem
         rotations: list[tuple[Tensor, Tensor]] = []
         for j in range(size):
-            if not fixed and j % self.check_every == 0 and none_running(active):
+            if j > 0 and state.finished(j):
                 break
-            w = operator.mv(operator.precondition(basis[j]))
+            active, w = state.running, operator.mv(operator.precondition(basis[j]))
             known = torch.stack(basis, -2)
-            before, h = norm(w), torch.zeros_like(known[..., 0])
+            size_before, h = norm(w), torch.zeros_like(known[..., 0])
             for _ in range(2):  # twice is enough (Giraud et al. 2005)
                 part = products(known, w)
                 w, h = w - directions(part, known), h + part
-            rounding = so_far.see(before, active)
+            rounding = state.rounding(size_before)
             length = norm(w)
             invariant = length <= rounding
             length = torch.where(invariant, 0.0, length)
             column = list(h.unbind(-1))
             for i, (c, s) in enumerate(rotations):
-                above = column[i]
-                below = column[i + 1]
+                above, below = column[i], column[i + 1]
                 column[i], column[i + 1] = c * above + s * below, c * below - s * above
             diagonal = torch.hypot(column[j], length)
-            flat = diagonal <= rounding
-            so_far.nonfinite = so_far.nonfinite | (active & ~torch.isfinite(before))
-            so_far.singular = so_far.singular | (active & flat)
-            so_far.steps = so_far.steps + active
-            used = active & ~flat & torch.isfinite(before)
+            state.stop(~torch.isfinite(size_before), Status.NONFINITE)
+            state.stop(diagonal <= rounding, Status.SINGULAR)
+            used = state.running
             safe = torch.where(used, diagonal, 1.0)
             c, s = torch.where(used, column[j] / safe, 1.0), torch.where(used, length / safe, 0.0)
             rotations.append((c, s))
-            column[j] = diagonal
-            columns.append([torch.where(used, value, 0.0) for value in column[:j]])
-            columns[j].append(safe)
+            columns.append([*(torch.where(used, value, 0.0) for value in column[:j]), safe])
             right.append(torch.where(used, c * rest, 0.0))
-            before, rest = rest, torch.where(used, -s * rest, rest)
-            so_far.residual_norm = torch.where(used, rest.abs(), so_far.residual_norm)
-            active = used & (rest.abs() > so_far.target) & ~invariant
-            shorter.append(torch.where(used & ~active, 0.0, right[j]))
-            residual = torch.where(used, before.abs(), residual)
-            basis.append(_unit(w, length))
-        if not columns:
-            return torch.zeros_like(r), torch.zeros_like(r), residual
+            residual = torch.where(used, rest.abs(), residual)
+            rest = torch.where(used, -s * rest, rest)
+            state.advance(used & ~invariant, rest.abs(), active)
+            shorter.append(torch.where(used & ~state.running, 0.0, right[j]))
+            basis.append(unit(w, length))
         count, zero = len(columns), torch.zeros_like(rest)
         upper = [torch.stack(col + [zero] * (count - len(col)), -1) for col in columns]
         sides = torch.stack([torch.stack(right, -1), torch.stack(shorter, -1)], -1)
@@ -140,8 +125,3 @@ class GMRES(Iterative):
         known = torch.stack(basis[:count], -2)
         whole, less = (operator.precondition(directions(c, known)) for c in y.unbind(-1))
         return whole, less, residual
-
-
-def _unit(x: Tensor, length: Tensor) -> Tensor:
-    """``x / ||x||``, zero for zero."""
-    return x / torch.where(length > 0, length, 1.0).unsqueeze(-1) * (length > 0).unsqueeze(-1)

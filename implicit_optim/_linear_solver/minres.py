@@ -1,7 +1,5 @@
 """MINRES: for symmetric matrices that need not be definite, batched."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._linear_solver.base import Iterative, Outcome
+from implicit_optim._linear_solver.base import Iterative, KrylovState
 from implicit_optim._operator import Linearized
-from implicit_optim._outcome import Solution
-from implicit_optim._vectors import dot, none_running, norm, where
+from implicit_optim._outcome import Solution, Status
+from implicit_optim._vectors import dot, norm, unit, where
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,18 @@ class MINRES(Iterative):
             ``stats``: ``steps`` (int32), ``residual_norm = ||b - A x||`` and ``rhs_norm``, in b's
             units; with a tolerance the true residual, which costs a product, else the recurrence's.
         """
-        max_steps, rtol, fixed = self.limits(b)
-        so_far = Outcome(b, rtol, self.atol)
-        zero = torch.zeros_like(so_far.rhs_norm)
+        state = KrylovState(self, operator, b)
+        zero = torch.zeros_like(state.rhs_norm)
         x = before = d = d_before = torch.zeros_like(b)
-        beta = rest = so_far.rhs_norm
-        v = so_far.b / torch.where(beta > 0, beta, 1.0).unsqueeze(-1)
+        beta = rest = state.rhs_norm
+        v = unit(state.b, beta)
         c, s, delta, far = zero - 1, zero, zero, zero  # a rotation, and entries of the next column
-        beta_before, active = zero, so_far.running
-        for k in range(max_steps):
-            if not fixed and k % self.check_every == 0 and none_running(active):
+        beta_before = zero
+        for k in range(state.max_steps):
+            if state.finished(k):
                 break
-            Av = operator.mv(v)
-            alpha = dot(v, Av)
-            finite = torch.isfinite(alpha)
-            rounding = so_far.see(norm(Av), active)
+            active, Av = state.running, operator.mv(v)
+            alpha, rounding = dot(v, Av), state.rounding(norm(Av))
             w = Av - alpha.unsqueeze(-1) * v - beta_before.unsqueeze(-1) * before
             beta = norm(w)
             beta = torch.where(beta <= rounding, 0.0, beta)
@@ -81,24 +76,18 @@ class MINRES(Iterative):
             near, diagonal = c * delta + s * alpha, s * delta - c * alpha
             further, far, delta = far, s * beta, -c * beta
             pivot = torch.hypot(diagonal, beta)
-            flat = pivot <= (k + 1) * rounding  # errors of the basis add up from step to step
-            so_far.nonfinite = so_far.nonfinite | (active & ~finite)
-            so_far.singular = so_far.singular | (active & flat)
-            so_far.steps = so_far.steps + active
-            used = active & finite & ~flat
-            safe = torch.where(used, pivot, 1.0)
+            state.stop(~torch.isfinite(alpha), Status.NONFINITE)
+            # Errors of the basis add up from step to step.
+            state.stop(pivot <= (k + 1) * rounding, Status.SINGULAR)
+            safe = torch.where(state.running, pivot, 1.0)
             c, s = diagonal / safe, beta / safe
-            d, d_before = (
-                (v - further.unsqueeze(-1) * d_before - near.unsqueeze(-1) * d)
-                / safe.unsqueeze(-1),
-                d,
-            )
+            new = v - further.unsqueeze(-1) * d_before - near.unsqueeze(-1) * d
+            d, d_before = new / safe.unsqueeze(-1), d
             proposal = torch.addcmul(x, (c * rest).unsqueeze(-1), d)
-            used = used & ~so_far.lost(proposal, used)
+            state.stop(state.is_lost(proposal), Status.SINGULAR)
+            used = state.running
             x = where(used, proposal, x)
             rest = torch.where(used, s * rest, rest)
-            so_far.residual_norm = torch.where(used, rest.abs(), so_far.residual_norm)
-            active = used & (rest.abs() > so_far.target) & (beta > 0)
-            before, v = v, w / torch.where(beta > 0, beta, 1.0).unsqueeze(-1)
-            beta_before = beta
-        return so_far.solution(x, operator, fixed)
+            state.advance(used & (beta > 0), rest.abs(), active)
+            before, v, beta_before = v, unit(w, beta), beta
+        return state.solution(x)

@@ -1,7 +1,5 @@
 """The Neumann series, with a step that cannot diverge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit_optim._linear_solver.base import Iterative, Outcome
+from implicit_optim._linear_solver.base import Iterative, KrylovState
 from implicit_optim._operator import Linearized
-from implicit_optim._outcome import Solution
-from implicit_optim._vectors import dot, none_running, norm, where
+from implicit_optim._outcome import Solution, Status
+from implicit_optim._vectors import dot, norm, selector, unit
 
 _PROBES = 4  # products that estimate the largest eigenvalue
 
@@ -28,7 +26,7 @@ class Neumann(Iterative):
     The step is ``1 / L``, with L estimated by 4 products of the power method; where it would not lower
     the residual, the one that lowers it most takes its place from there on. So it cannot diverge. A task
     in which no step lowers it, since ``r.A M^-1 r <= 0`` (A is indefinite, or turns r by 90 degrees or
-    more), stops with the status ``LINE_SEARCH`` and the iterate it has, the first-order direction
+    more), stops with the status ``NO_DESCENT`` and the iterate it has, the first-order direction
     ``M^-1 b`` if there was none.
 
     Args:
@@ -56,7 +54,7 @@ class Neumann(Iterative):
     differentiation", algorithm 3.
     """
 
-    _must: ClassVar = {**Iterative._must, "step": "be finite and > 0"}
+    _must: ClassVar = dict(Iterative._must, step="be finite and > 0")
 
     step: float | None = None
 
@@ -69,39 +67,33 @@ class Neumann(Iterative):
             ``rhs_norm``, in b's units; with a tolerance the true residual, which costs a product, else
             the recurrence's.
         """
-        max_steps, rtol, fixed = self.limits(b)
-        so_far = Outcome(b, rtol, self.atol)
-        x, r = torch.zeros_like(b), so_far.b
-        step = self._first_step(operator, so_far.b)
-        for k in range(max_steps):
-            if not fixed and k % self.check_every == 0 and none_running(so_far.running):
+        state = KrylovState(self, operator, b)
+        x, r = torch.zeros_like(b), state.b
+        step = self._first_step(operator, r)
+        for k in range(state.max_steps):
+            if state.finished(k):
                 break
             d = operator.precondition(r)
             Ad = operator.mv(d)
-            gain, square = (
-                dot(r, Ad),
-                dot(Ad, Ad),
-            )  # ||r - s Ad||^2 = ||r||^2 - 2 s gain + s^2 square
-            so_far.nonfinite = so_far.nonfinite | (so_far.running & ~torch.isfinite(square))
-            so_far.stuck = so_far.stuck | (so_far.running & (gain <= 0))
-            so_far.running = so_far.running & ~so_far.nonfinite & ~so_far.stuck
-            too_long = so_far.running & (step * square >= 2 * gain)
+            gain, square = dot(r, Ad), dot(Ad, Ad)
+            state.stop(~torch.isfinite(square), Status.NONFINITE)
+            state.stop(gain <= 0, Status.NO_DESCENT)
+            # ||r - s Ad||^2 = ||r||^2 - 2 s gain + s^2 square
+            too_long = state.running & (step * square >= 2 * gain)
             step = torch.where(too_long, gain / square, step)
-            s = step.unsqueeze(-1)
-            x = where(so_far.running, torch.addcmul(x, s, d), x)
-            r = where(so_far.running, torch.addcmul(r, s, Ad, value=-1), r)
-            so_far.residual_norm = norm(r)
-            so_far.steps = so_far.steps + so_far.running
-            so_far.running = so_far.running & (so_far.residual_norm > so_far.target)
-        return so_far.solution(x, operator, fixed)
+            moving, s = state.running, step.unsqueeze(-1)
+            choose = selector(moving)
+            x = choose(torch.addcmul(x, s, d), x)
+            r = choose(torch.addcmul(r, s, Ad, value=-1), r)
+            state.advance(moving, norm(r), moving)
+        return state.solution(x)
 
     def _first_step(self, operator: Linearized, b: Tensor) -> Tensor:
         if self.step is not None:
             return torch.full_like(b[..., 0], self.step)
         v, largest = b, torch.zeros_like(b[..., 0])
         for _ in range(_PROBES):
-            v = v / torch.where(norm(v) > 0, norm(v), 1.0).unsqueeze(-1)
-            v = operator.precondition(operator.mv(v))
+            v = operator.precondition(operator.mv(unit(v, norm(v))))
             largest = torch.maximum(largest, norm(v))
         usable = (largest > 0) & torch.isfinite(largest)
         return 1 / torch.where(usable, largest, 1.0)

@@ -1,7 +1,6 @@
 """Woodbury's formula: Gauss-Newton matrices of few outputs, solved exactly in the space of outputs."""
 
-from __future__ import annotations
-
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,7 +51,7 @@ class Woodbury(LinearSolver):
     stats_names: ClassVar = ("residual_norm", "rhs_norm")
     needs_symmetry: ClassVar = True
 
-    _must: ClassVar = {"max_m": "be >= 1"}
+    _must: ClassVar = dict(max_m="be >= 1")
 
     max_m: int = 2048
 
@@ -83,17 +82,13 @@ class Woodbury(LinearSolver):
         values, vectors = torch.linalg.eigh(H)
         concave = values.amin(-1) < -1e3 * torch.finfo(b.dtype).eps * values.abs().amax(-1)
         S = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-        inner = eye + S.mT @ K @ S
-        factor, info = torch.linalg.cholesky_ex(inner)
+        factor, info = torch.linalg.cholesky_ex(eye + S.mT @ K @ S)
         failed = info != 0
         seen = S.mT @ parts.push(easy).unsqueeze(-1)
         along = (S @ torch.cholesky_solve(seen, factor)).squeeze(-1)
         x = easy - operator.precondition(parts.pull(along))
-        bad = ~finite | (~failed & ~torch.isfinite(norm(x)))
-        x = where(bad | failed, float("nan"), x)
-        status = status_of(
-            (concave, Status.NEGATIVE_CURVATURE),
-            (failed, Status.SINGULAR),
-            (bad, Status.NONFINITE),
-        )
+        nonfinite = ~finite | (~failed & ~torch.isfinite(norm(x)))
+        x = where(failed | nonfinite, math.nan, x)
+        indefinite = (concave, Status.NEGATIVE_CURVATURE)
+        status = status_of(indefinite, (failed, Status.SINGULAR), (nonfinite, Status.NONFINITE))
         return self._solution(x, status, norm(b - operator.mv(x)), norm(b))

@@ -1,7 +1,5 @@
 """What a learner is given: kinds of arguments, shapes of episodes, a loss that reaches the model."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +40,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "solver": (Solver, SOLVERS),
     "meta_gradient": (
         MetaGradient,
-        "Implicit(), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
+        "Implicit(...), Unrolled(), Truncated(k), FirstOrder() or Reptile()",
     ),
     "running_stats": (RunningStats | None, "RunningStats.BATCH, FROZEN, PER_TASK or None"),
     "batching": (Batching | None, "Batching(...) or None"),

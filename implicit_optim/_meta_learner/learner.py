@@ -1,7 +1,5 @@
 """Any model, meta-trained: a module that adapts to tasks and is differentiable in its parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter

@@ -4,8 +4,6 @@ They travel beside the target, as data that every task carries: as such they get
 directly and through phi.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

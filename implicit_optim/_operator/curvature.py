@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_optim._evaluation import Expansion, gradient, second_order, vjp
-from implicit_optim._operator.base import Leaves, Linearized, LowRank, Operator, Vector
+from implicit_optim._operator.algebra import Operator, Vector
+from implicit_optim._operator.base import Linearized, LowRank
+from implicit_optim._operator.fields import Leaves
 from implicit_optim._problem import InnerProblem
 from implicit_optim._torch import pytree
 from implicit_optim._vectors import Layout
+
+CurvatureChoice = Callable[[InnerProblem, Tensor], Operator]  # such as Hessian
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +33,10 @@ class Curvature(Operator):
         """Shape ``(*batch, n)``."""
         return tuple(self.phi.shape)
 
+    def mv(self, x: Vector) -> Vector:
+        """The product with x, of a linearisation of its own."""
+        return self.linearize().mv(x)
+
     def precondition(self, r: Vector) -> Vector:
         """``r / lam`` where the objective knows its proximal term."""
         return self.problem.precondition(r)
@@ -40,14 +49,19 @@ class Curvature(Operator):
 
         return self.problem.parts(part, self.phi.shape[0])
 
-    def _linearized(self, problem: InnerProblem, *terms: Expansion) -> Linearized:
-        """The sum of the terms' gradients, products and values."""
-        slopes, products, values = zip(*terms, strict=True)
+    def _linearized(
+        self, problem: InnerProblem, data: Expansion, term: Expansion | None
+    ) -> Linearized:
+        """The sums of gradients, products and values of the data term and of the other one."""
+        slope, mv, values = data
+        if term is None:
+            return Linearized(mv, problem.precondition, slope, values)
+        more, mv_of_term, penalties = term
 
-        def mv(x: Tensor) -> Tensor:
-            return _sum([product(x) for product in products])
+        def product(x: Tensor) -> Tensor:
+            return mv(x) + mv_of_term(x)
 
-        return Linearized(mv, problem.precondition, _sum(slopes), _sum(values))
+        return Linearized(product, problem.precondition, slope + more, values + penalties)
 
     def tensors(self) -> tuple[Leaves, Leaves]:
         """The point and the data; theta."""
@@ -84,16 +98,11 @@ class Hessian(Curvature):
     Source: Pearlmutter 1994; Rajeswaran et al. 2019, Lemma 1.
     """
 
-    def mv(self, x: Vector) -> Vector:
-        """``H x`` by one reverse pass over the gradient."""
-        return self.linearize().mv(x)
-
     def linearize(self) -> Linearized:
         """Keep the graph of one gradient; each product is one pull-back through it."""
         problem, phi = self.problem.prepared(), self.phi
         rest, term = second_order(problem.rest, phi, ends=problem.ends), problem.quadratic
-        terms = [rest] if term is None else [rest, term.at(phi)]
-        return self._linearized(problem, *terms)
+        return self._linearized(problem, rest, None if term is None else term.at(phi))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +131,6 @@ class GaussNewton(Curvature):
     Source: Schraudolph 2002, "Fast curvature matrix-vector products", section 3.
     """
 
-    def mv(self, x: Vector) -> Vector:
-        """``J^T H_out J x`` plus the proximal product."""
-        return self.linearize().mv(x)
-
     def linearize(self) -> Linearized:
         """Keep the graphs of predict, of its transpose, and of the loss gradient."""
         problem, phi = self.problem.prepared(), self.phi
@@ -139,15 +144,7 @@ class GaussNewton(Curvature):
 
         whole = self._linearized(problem, (pull(slope), mv, losses), problem.proximal_at(phi))
 
-        def low_rank() -> LowRank:
-            flat = Layout.of(output, phi.ndim - 1, "output")
-            return LowRank(
-                lambda u: pull(flat.unravel(u)),
-                lambda x: flat.ravel(push(x)),
-                lambda u: flat.ravel(out_hessian(flat.unravel(u))),
-                flat.n,
-            )
-
+        low_rank = partial(_low_rank, output, phi.ndim - 1, pull, push, out_hessian)
         return replace(whole, low_rank=low_rank)
 
 
@@ -178,10 +175,6 @@ class EmpiricalFisher(Curvature):
     Source: Kunstner, Balles & Hennig 2019, "Limitations of the empirical Fisher approximation for
     natural gradient descent", section 1.
     """
-
-    def mv(self, x: Vector) -> Vector:
-        """``1/N sum_i g_i (g_i . x)`` plus the proximal product."""
-        return self.linearize().mv(x)
 
     def linearize(self) -> Linearized:
         """Keep the graphs of predict and of its transpose, and the slopes of the losses."""
@@ -231,7 +224,7 @@ class SafeguardedHessian(Hessian):
 
     def fallback(self) -> GaussNewton:
         """Gauss-Newton at the same point."""
-        self.problem.structured  # noqa: B018  raises where the structure is missing
+        self.problem.check_structure()
         return GaussNewton(self.problem, self.phi)
 
     def linearize(self) -> Linearized:
@@ -239,5 +232,12 @@ class SafeguardedHessian(Hessian):
         return replace(super().linearize(), fallback=lambda: self.fallback().linearize())
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return sum(terms[1:], terms[0])
+def _low_rank(output: Any, batch_ndim: int, *products: Callable[[Any], Any]) -> LowRank:
+    """The parts of ``J^T H J`` as functions of flat outputs ``[*batch, m]``."""
+    flat, (pull, push, hessian) = Layout.of(output, batch_ndim, "output"), products
+    return LowRank(
+        lambda u: pull(flat.unravel(u)),
+        lambda x: flat.ravel(push(x)),
+        lambda u: flat.ravel(hessian(flat.unravel(u))),
+        flat.n,
+    )

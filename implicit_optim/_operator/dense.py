@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicit_optim._operator.base import Composed, Vector
+from implicit_optim._operator.algebra import Operator, Vector
+from implicit_optim._operator.fields import OfFields
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Composed):
+class Dense(OfFields, Operator):
     """An explicit matrix per task.
 
     Args:
@@ -33,8 +34,6 @@ class Dense(Composed):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.matrix is None:  # a blank, to be filled by with_tensors
-            return
         if self.matrix.ndim < 2 or self.matrix.shape[-1] != self.matrix.shape[-2]:
             raise ValueError(f"matrix must be [*batch, n, n], got {tuple(self.matrix.shape)}")
 
@@ -53,7 +52,7 @@ class Dense(Composed):
 
 
 @dataclass(frozen=True, eq=False)
-class Diagonal(Composed):
+class Diagonal(OfFields, Operator):
     """A diagonal matrix per task: ``A x = d * x``.
 
     Its inverse is known, so that it preconditions what it is added to: CG on

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from implicit_optim._evaluation import vjp
-from implicit_optim._operator.base import Linearized, Vector
+from implicit_optim._operator.base import Linearized
 from implicit_optim._operator.curvature import Curvature
 
 
@@ -42,10 +42,6 @@ class Jacobian(Curvature):
     def transpose(self) -> Jacobian:
         """``A^T``."""
         return replace(self, transposed=not self.transposed)
-
-    def mv(self, x: Vector) -> Vector:
-        """``A x``."""
-        return self.linearize().mv(x)
 
     def linearize(self) -> Linearized:
         """Keep the graph of the residual; a product is one pass through it, or through its transpose."""

@@ -1,16 +1,16 @@
 """A curvature on the numbers that are not zero: what an l1 norm leaves to differentiate."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from implicit_optim._operator.base import Linearized, Operator, Vector
-from implicit_optim._operator.curvature import Curvature
+from implicit_optim._operator.algebra import Operator, Vector
+from implicit_optim._operator.base import Linearized
+from implicit_optim._operator.curvature import Curvature, CurvatureChoice
 from implicit_optim._problem import InnerProblem, smooth, strengths, subgradient
 
 
@@ -24,7 +24,7 @@ class OnSupport(Curvature):
     Source: Bertrand et al. 2020, proposition 2.
     """
 
-    matrix: Callable[[InnerProblem, Tensor], Operator]
+    matrix: CurvatureChoice
     transposed: bool = False
 
     @property
@@ -50,21 +50,14 @@ class OnSupport(Curvature):
         gradient = whole.gradient
         if gradient is not None:
             gradient = subgradient(self.phi, gradient, strengths(self.problem, self.phi))
-        return Linearized(
-            lambda x: self._restrict(whole.mv, x),
-            lambda r: self._inside(whole.precondition, r),
-            gradient,
-            symmetric=whole.symmetric,
-        )
+        mv, solve = partial(self._restrict, whole.mv), partial(self._inside, whole.precondition)
+        return Linearized(mv, solve, gradient, symmetric=whole.symmetric)
 
     def fallback(self) -> Operator | None:
         """That of A, on the support."""
         if self._whole().fallback() is None:
             return None
-        matrix = self.matrix
-        return replace(
-            self, matrix=lambda problem, phi: cast(Operator, matrix(problem, phi).fallback())
-        )
+        return replace(self, matrix=partial(_fallback_of, self.matrix))
 
     def _whole(self) -> Operator:
         whole = self.matrix(smooth(self.problem), self.phi)
@@ -79,3 +72,7 @@ class OnSupport(Curvature):
     def _inside(self, solve: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
         solved = solve(r)
         return r if solved is r else torch.where(self.phi == 0, r, solved)  # r itself: no such part
+
+
+def _fallback_of(matrix: CurvatureChoice, problem: InnerProblem, phi: Tensor) -> Operator:
+    return cast(Operator, matrix(problem, phi).fallback())

@@ -1,7 +1,5 @@
 """How far an implicit meta-gradient can be from the exact one."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -80,8 +78,8 @@ def error_bound(
 
     norm = torch.linalg.vector_norm(w, dim=-1)
     linear = stats["residual_norm"] / mu
-    # A task that took no step was given the first-order direction, but reports the residual of zero.
-    linear = torch.where((stats["steps"] == 0) & (linear > 0), norm + linear, linear)
+    if "steps" in stats:  # a task that took none got M^-1 v, but reports the residual of zero
+        linear = torch.where((stats["steps"] == 0) & (linear > 0), norm + linear, linear)
     delta = stats["stationarity"] / mu
     length = norm + linear
     bound = lam * (linear + delta * (L_s + rho * length) / mu)

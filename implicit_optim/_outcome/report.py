@@ -1,7 +1,5 @@
 """What happened in the last solves, for humans; and what to do about a solve that failed."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor
 
 from implicit_optim._outcome.solution import Solution, Status
-from implicit_optim._torch import is_batched, unwrapped
+from implicit_optim._torch import unwrapped
+from implicit_optim._vectors import is_readable
 
 
 class SolveWarning(UserWarning):
@@ -74,7 +73,7 @@ class Warn:
         """Look, now and then."""
         self._seen[name] += 1
         count = self._seen[name]
-        if self._warned or count & (count - 1) or not _is_visible(solution.status):
+        if self._warned or count & (count - 1) or not is_readable(solution.status):
             return
         if _share_failed(solution) > self.share:
             self._warned = True
@@ -97,7 +96,7 @@ class Raise:
 
     def __call__(self, name: str, solution: Solution) -> None:
         """Look, and raise."""
-        if _is_visible(solution.status) and _share_failed(solution) > self.share:
+        if is_readable(solution.status) and _share_failed(solution) > self.share:
             raise SolveError(f"{name}: {solution.summary()}")
 
 
@@ -134,58 +133,33 @@ class Report:
         """Medians over the tasks and shares of them, by ``"solve/what"``: for a logger.
 
         Returns:
-            ``success`` and the other statuses are shares; ``steps``; ``reduction = ||grad|| /
-            ||grad at the start||``; ``residual = ||r|| / ||b||``; ``stationarity = ||grad G(phi)||``;
+            ``success`` and the other statuses are shares. Of the others those that the solve tells:
+            ``steps``; ``reduction = ||grad|| / ||grad at the start||``; ``residual = ||r|| / ||b||``;
+            ``stationarity = ||grad G(phi)||``;
             ``smallest`` and ``largest`` Ritz value (extremes over the tasks) and ``condition``;
             ``fallback``, the share of tasks that took the second matrix of a safeguarded one.
         """
-        result = {}
-        for name, solution in self.solves.items():
-            for key, value in _numbers(solution).items():
-                result[f"{name}/{key}"] = value
-        return result
+        solves = self.solves.items()
+        return {f"{name}/{key}": v for name, s in solves for key, v in _numbers(s).items()}
 
     def advice(self) -> str:
         """One sentence on what to change."""
         n = self.numbers()
         for name in self.solves:
-            for status in (Status.NONFINITE, Status.NEGATIVE_CURVATURE, Status.LINE_SEARCH):
-                if n[f"{name}/{status.name.lower()}"] > 0.1:
+            for status in reversed(Status):  # the worst first
+                if status != Status.SUCCESS and n[f"{name}/{status.name.lower()}"] > 0.1:
                     return f"{name}: {status.message}."
-            if n[f"{name}/max_steps"] > 0.1:
-                return f"{name}: {Status.MAX_STEPS.message}."
-        if n.get("minimize/reduction", 0) > 0.1:
-            return (
-                f"The inner solver left {n['minimize/reduction']:.2g} of the gradient: take more inner "
-                "steps, another lr, or newton_cg; the implicit gradient is that of a minimiser."
-            )
-        if n.get("linear_solve/residual", 0) > 0.1:
-            return (
-                f"The linear solve left {n['linear_solve/residual']:.2g} of its right-hand side: take "
-                "more CG steps, or add damping with a larger lam."
-            )
+        for key, advice in _LEFT.items():
+            if n.get(key, 0) > 0.1:
+                return advice.format(n[key])
         return "Nothing to change."
 
     def __str__(self) -> str:
         """The table for humans."""
-        n, lines = self.numbers(), []
+        lines = []
         for name, solution in self.solves.items():
-            get = lambda key: n.get(f"{name}/{key}", float("nan"))  # noqa: B023, E731
             lines.append(f"{name:<14} {solution.summary().split(':')[0]}")
-            detail = f"{'':<14} {get('steps'):.0f} steps"
-            if name == "minimize":
-                lines.append(f"{detail}, ||grad|| {get('reduction'):.2g} of the first")
-                continue
-            detail += f", residual {get('residual'):.2g} of ||v||"
-            lines.append(f"{detail}, ||grad G(phi)|| {get('stationarity'):.2g}")
-            if "lanczos" in solution.stats:
-                lines.append(
-                    f"{'':<14} eigenvalues from {get('smallest'):.3g} to {get('largest'):.3g}, "
-                    f"condition number {get('condition'):.3g}"
-                )
-            if get("fallback") > 0:
-                share = f"{100 * get('fallback'):.0f} %"
-                lines.append(f"{'':<14} {share} of the tasks indefinite, solved with the fallback")
+            lines += [f"{'':<14} {detail}" for detail in _details(_numbers(solution))]
         if self.refusals:
             lines.append(f"Tasks one by one, since torch.func.vmap refuses: {self.refusals[0]}")
         return "\n".join([*lines, self.advice()]) if lines else "No solve so far."
@@ -193,30 +167,52 @@ class Report:
 
 def remembered(solution: Solution) -> Solution | None:
     """A solution without its value and without a graph, or ``None`` where its numbers are hidden."""
-    if not _is_visible(solution.status):
+    if not is_readable(solution.status):
         return None
     stats = {name: unwrapped(t).detach() for name, t in solution.stats.items()}
     return Solution(None, unwrapped(solution.status).detach(), stats)
-
-
-def _is_visible(status: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or status.device.type == "meta" or is_batched(status))
 
 
 def _share_failed(solution: Solution) -> float:
     return float((solution.status != Status.SUCCESS.value).double().mean())
 
 
+_LEFT = {
+    "minimize/reduction": "The inner solver left {:.2g} of the gradient: take more inner steps, another "
+    "lr, or newton_cg; the implicit gradient is that of a minimiser.",
+    "linear_solve/residual": "The linear solve left {:.2g} of its right-hand side: take more CG steps, "
+    "or add damping with a larger lam.",
+}
+
+_DETAILS = {
+    "steps": "{:.0f} steps",
+    "reduction": "||grad|| {:.2g} of the first",
+    "residual": "residual {:.2g} of ||v||",
+    "stationarity": "||grad G(phi)|| {:.2g}",
+}
+
+
+def _details(n: dict[str, float]) -> list[str]:
+    """What the report says of the numbers that a solve has."""
+    lines = [", ".join(text.format(n[key]) for key, text in _DETAILS.items() if key in n)]
+    if "condition" in n:
+        ends = "eigenvalues from {smallest:.3g} to {largest:.3g}, condition number {condition:.3g}"
+        lines.append(ends.format(**n))
+    if n.get("fallback", 0) > 0:
+        lines.append(
+            f"{100 * n['fallback']:.0f} % of the tasks indefinite, solved with the fallback"
+        )
+    return lines
+
+
 def _numbers(solution: Solution) -> dict[str, float]:
     stats = solution.stats
     result = {s.name.lower(): float(solution.share(s)) for s in Status}
-    result["steps"] = _median(stats["steps"])
+    result |= {k: _median(stats[k]) for k in ("steps", "stationarity") if k in stats}
     if "initial_grad_norm" in stats:
         result["reduction"] = _median(stats["grad_norm"] / stats["initial_grad_norm"])
     if "rhs_norm" in stats:
         result["residual"] = _median(stats["residual_norm"] / stats["rhs_norm"])
-    if "stationarity" in stats:
-        result["stationarity"] = _median(stats["stationarity"])
     if "fallback" in stats:
         result["fallback"] = float(stats["fallback"].double().mean())
     if "lanczos" in stats:

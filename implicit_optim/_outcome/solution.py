@@ -1,14 +1,15 @@
 """What a solve leaves behind: a value, a status per task, and the numbers that explain it."""
 
-from __future__ import annotations
-
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int8
 from torch import Tensor
+
+from implicit_optim._torch import pytree
 
 
 class Status(enum.IntEnum):
@@ -27,9 +28,10 @@ class Status(enum.IntEnum):
     SUCCESS = 0
     MAX_STEPS = 1
     NEGATIVE_CURVATURE = 2
-    LINE_SEARCH = 3
+    NO_DESCENT = 3
     NONFINITE = 4
     SINGULAR = 5
+    LINE_SEARCH = 3  # the old name of NO_DESCENT, until 0.2
 
     @property
     def message(self) -> str:
@@ -39,26 +41,19 @@ class Status(enum.IntEnum):
 
 _MESSAGES = {
     Status.SUCCESS: "solved to the accuracy asked for",
-    Status.MAX_STEPS: (
-        "the tolerance was not met: allow more max_steps, loosen the tolerance, or use float64"
-    ),
-    Status.NEGATIVE_CURVATURE: (
-        "conjugate gradients met a direction of negative curvature (or of almost none: see "
-        "CG.min_curvature) and kept the best iterate so far: try curvature=GaussNewton, another lam "
-        "(on real networks a smaller lam can make the Hessian more definite), a zero-initialised last "
-        "layer, or more inner steps"
-    ),
-    Status.LINE_SEARCH: (
-        "no step along the search direction lowered the objective: the iterate is as accurate as the "
-        "dtype allows, or the gradient is wrong; try float64 or curvature=GaussNewton"
-    ),
-    Status.SINGULAR: (
-        "the matrix is singular to working precision, so that the equations do not determine the "
-        "solution: add a proximal term or damping"
-    ),
-    Status.NONFINITE: (
-        "NaN or inf appeared: look for it in the task's data and parameters, or lower the inner lr"
-    ),
+    Status.MAX_STEPS: "the tolerance was not met: allow more max_steps, loosen the tolerance, or use "
+    "float64",
+    Status.NEGATIVE_CURVATURE: "conjugate gradients met a direction of negative curvature (or of almost "
+    "none: see CG.min_curvature) and kept the best iterate so far: try curvature=GaussNewton, another "
+    "lam (on real networks a smaller lam can make the Hessian more definite), a zero-initialised last "
+    "layer, or more inner steps",
+    Status.NO_DESCENT: "no step along the direction was an improvement: the iterate is as accurate as "
+    "the dtype allows, the derivative is wrong or the matrix indefinite; try float64 or "
+    "curvature=GaussNewton",
+    Status.SINGULAR: "the matrix is singular to working precision, so that the equations do not "
+    "determine the solution: add a proximal term or damping",
+    Status.NONFINITE: "NaN or inf appeared: look for it in the task's data and parameters, or lower the "
+    "inner lr",
 }
 
 
@@ -143,26 +138,22 @@ def status_of(*outcomes: tuple[Tensor, Status]) -> Int8[Tensor, "*batch"]:
 OnSolve = Callable[[str, Solution], None]
 
 
-def led(solution: Solution, place: slice | int) -> Solution:
+def add_task_dim(solution: Solution, place: slice | int) -> Solution:
     """The solution of a part of a batch; that of a task at an index gets the batch dimension."""
     if isinstance(place, slice):
         return solution
-    value, status, stats = solution
-    lead = {name: number.unsqueeze(0) for name, number in stats.items()}
-    return Solution(value.unsqueeze(0), status.unsqueeze(0), lead)
+    return pytree.tree_map(lambda t: t.unsqueeze(0), solution)
 
 
-def joined(parts: Sequence[Solution]) -> Solution:
+def concatenate(parts: Sequence[Solution]) -> Solution:
     """The solution of a batch from those of its parts; the shorter ``lanczos`` end in padding."""
-    if len(parts) == 1:
-        return parts[0]
-    value, status = torch.cat([p.value for p in parts]), torch.cat([p.status for p in parts])
-    stats = {}
-    for name in parts[0].stats:
-        pieces = [p.stats[name] for p in parts]
-        if name == "lanczos":
-            longest = max(piece.shape[-2] for piece in pieces)
-            pad = torch.nn.functional.pad
-            pieces = [pad(t, (0, 0, 0, longest - t.shape[-2]), value=float("nan")) for t in pieces]
-        stats[name] = torch.cat(pieces)
-    return Solution(value, status, stats)
+    return parts[0] if len(parts) == 1 else pytree.tree_map(_joined, *parts)
+
+
+def _joined(*pieces: Tensor) -> Tensor:
+    if (
+        len({piece.shape[1:] for piece in pieces}) > 1
+    ):  # `lanczos`: CG took fewer steps in some parts
+        longest, pad = max(t.shape[-2] for t in pieces), torch.nn.functional.pad
+        pieces = tuple(pad(t, (0, 0, 0, longest - t.shape[-2]), value=math.nan) for t in pieces)
+    return torch.cat(pieces)

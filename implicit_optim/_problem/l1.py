@@ -1,7 +1,5 @@
 """An objective with an l1 norm: sparse models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

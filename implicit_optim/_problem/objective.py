@@ -1,7 +1,5 @@
 """One task's inner problem: a structured objective, or equations."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The strength lam of the proximal term as a module, fixed or learned."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,8 @@
 """Step lengths along a search direction, one per task.
 
-It uses `_vectors`; what it searches along is a function that it is given.
+It uses `_vectors`; the objective along the direction is passed in as a function.
 """
 
-from implicit_optim._search.base import Armijo, FixedStep, Line, Scalars, Search, Vectors
+from implicit_optim._search.armijo import Armijo, FixedStep
+from implicit_optim._search.base import Line, Minimised, Scalars, Search, Vectors, rounding_of
 from implicit_optim._search.strong_wolfe import StrongWolfe

@@ -1,94 +1,43 @@
 """Nesterov's accelerated gradient descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit_optim._checks import check
 from implicit_optim._problem import InnerProblem
-from implicit_optim._solver.base import Evaluation, Solver, State, Step, check_lr
-from implicit_optim._solver.gd import gd_update
-
-
-def look_ahead(x: Tensor, x_next: Tensor, momentum: float | Tensor) -> Tensor:
-    """``x' + momentum (x' - x)``."""
-    return torch.lerp(x, x_next, 1 + momentum)
+from implicit_optim._solver.base import Descent, Evaluation, State, Step
+from implicit_optim._solver.gd import Number, gd_update
 
 
 def agd_update(
-    y: Tensor, x: Tensor, grad: Tensor, lr: float | Tensor, momentum: float
+    y: Tensor, x: Tensor, grad: Tensor, lr: Number, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """``x' = y - lr grad(y)``, ``y' = x' + momentum (x' - x)``: the next (y, x)."""
+    """``x' = y - lr grad(y)``, ``y' = x' + beta (x' - x)``: the next (y, x); beta is the momentum."""
     x_next = gd_update(y, grad, lr)
-    return look_ahead(x, x_next, momentum), x_next
-
-
-def agd_constants(strong_convexity: float, smoothness: float) -> tuple[float, float]:
-    """Learning rate ``1/L`` and momentum ``(sqrt L - sqrt mu) / (sqrt L + sqrt mu)``.
-
-    Raises:
-        ValueError: not ``0 < mu <= L < inf``.
-    """
-    if not 0 < strong_convexity <= smoothness < math.inf:
-        raise ValueError(
-            f"Invalid strong_convexity, smoothness: {strong_convexity}, {smoothness}: "
-            "they must satisfy 0 < strong_convexity <= smoothness"
-        )
-    root_mu, root_l = math.sqrt(strong_convexity), math.sqrt(smoothness)
-    return 1 / smoothness, (root_l - root_mu) / (root_l + root_mu)
-
-
-def resolve_agd(
-    lr: float | None,
-    momentum: float | None,
-    strong_convexity: float | None,
-    smoothness: float | None,
-) -> tuple[float, float]:
-    """Learning rate and momentum from either pair of settings.
-
-    Raises:
-        ValueError: both pairs, half a pair or values out of range are given.
-    """
-    if strong_convexity is not None or smoothness is not None:
-        if lr is not None or momentum is not None:
-            raise ValueError(
-                "give either lr (and momentum) or strong_convexity and smoothness, not both: the pair "
-                "determines lr = 1/L and the momentum"
-            )
-        if strong_convexity is None or smoothness is None:
-            raise ValueError("strong_convexity and smoothness belong together: give both")
-        return agd_constants(strong_convexity, smoothness)
-    if lr is None:
-        raise ValueError("give lr (and momentum), or strong_convexity and smoothness")
-    check_lr(lr)
-    momentum = 0.9 if momentum is None else momentum
-    check("momentum", momentum, "lie in [0, 1)")
-    return lr, momentum
+    return torch.lerp(x, x_next, 1 + beta), x_next
 
 
 @dataclass(frozen=True, kw_only=True)
-class agd(Solver):
+class agd(Descent):
     """Nesterov's accelerated gradient descent.
 
     ``x_{k+1} = y_k - lr grad F(y_k)``, ``y_{k+1} = x_{k+1} + momentum (x_{k+1} - x_k)``
 
-    The iterate is the look-ahead point y, as in ``torch.optim.SGD(nesterov=True)``: the gradient is
-    taken there, and so is the test for ``tol``. With mu and L known the error falls like
-    ``(1 - sqrt(mu/L))^k``, against ``(1 - mu/L)^k`` for gradient descent.
+    The iterate is the look-ahead point y, as in ``torch.optim.SGD(nesterov=True)``: both the gradient
+    and the test against ``tol`` are at y. With mu and L known the error falls like
+    ``(1 - sqrt(mu/L))^k``, compared with ``(1 - mu/L)^k`` for gradient descent.
 
     Args:
-        lr: learning rate, > 0.
+        lr: learning rate, a number or 0-d tensor, > 0.
         momentum: in [0, 1). Default: 0.9.
         strong_convexity: mu > 0, with ``smoothness``, instead of lr and momentum.
         smoothness: L >= mu; then ``lr = 1/L``, ``momentum = (sqrt L - sqrt mu)/(sqrt L + sqrt mu)``.
         max_steps: most steps, each one gradient.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
@@ -104,31 +53,51 @@ class agd(Solver):
     Source: Nesterov 2004, scheme 2.2.11 (constant step); Rajeswaran et al. 2019, section 4.
     """
 
-    uses_value: ClassVar[bool] = False
-    carries_nonfinite: ClassVar[bool] = True
+    uses_value = False
+    carries_nonfinite = True
 
-    lr: float | None = None
+    lr: float | Tensor | None = None
     momentum: float | None = None
     strong_convexity: float | None = None
     smoothness: float | None = None
-    max_steps: int = 100
-    tol: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.constants  # noqa: B018  raises if the settings do not fit together
+        self._resolve()
 
     @property
-    def constants(self) -> tuple[float, float]:
-        """The learning rate and the momentum in force."""
-        return resolve_agd(self.lr, self.momentum, self.strong_convexity, self.smoothness)
+    def constants(self) -> tuple[Number, float]:
+        """The learning rate and momentum in force."""
+        return self._resolve()
+
+    def _resolve(self) -> tuple[Number, float]:
+        """Learning rate and momentum from whichever pair is given; raise if they do not fit together."""
+        mu, L = self.strong_convexity, self.smoothness
+        if mu is None and L is None:
+            if self.lr is None:
+                raise ValueError("give lr (and momentum), or strong_convexity and smoothness")
+            momentum = 0.9 if self.momentum is None else self.momentum
+            check("lr", self.lr, "be finite and > 0")
+            check("momentum", momentum, "lie in [0, 1)")
+            return self.lr, momentum
+        if self.lr is not None or self.momentum is not None:
+            raise ValueError(
+                "give either lr (and momentum) or strong_convexity and smoothness, not both: the pair "
+                "determines lr = 1/L and the momentum"
+            )
+        if mu is None or L is None:
+            raise ValueError("strong_convexity and smoothness belong together: give both")
+        if not 0 < mu <= L < math.inf:
+            raise ValueError(
+                f"Invalid strong_convexity, smoothness: {mu}, {L}: "
+                "they must satisfy 0 < strong_convexity <= smoothness"
+            )
+        return 1 / L, (math.sqrt(L) - math.sqrt(mu)) / (math.sqrt(L) + math.sqrt(mu))
 
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
-        """The last x; at the start x = y."""
-        return (phi,)
+        """The last x ``[*batch, n]``; x = y before the first step."""
+        return phi
 
     def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One accelerated step."""
-        lr, momentum = self.constants
-        y, x = agd_update(phi, state[0], at.grad, lr, momentum)
-        return y, (x,), None
+        return *agd_update(phi, state, at.grad, *self.constants), None

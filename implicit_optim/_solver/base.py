@@ -1,18 +1,16 @@
-"""What every inner solver is: a rule that says where the next iterate lies."""
-
-from __future__ import annotations
+"""The interface of an inner solver, a rule for the next iterate, and what several rules share."""
 
 import abc
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from implicit_optim._checks import Settings, check
+from implicit_optim._checks import Settings
 from implicit_optim._operator import GaussNewton, Hessian, Linearized
 from implicit_optim._problem import InnerProblem
-from implicit_optim._search import Line, Search
+from implicit_optim._search import Line, Minimised, Scalars, Search, Vectors
 
 # What an error message lists.
 SOLVERS = "gd(...), agd(...), nonlinear_cg(...), lbfgs(...), newton_cg(...), trust_region(...), "
@@ -20,13 +18,13 @@ SOLVERS += "proximal_gradient(...) or from_torch(...)"
 
 
 class Evaluation(NamedTuple):
-    """What a rule sees at an iterate.
+    """The objective at an iterate, as far as a rule needs it.
 
     Attributes:
-        value: objective per task ``[*batch]``; ``None`` for a rule that does not ask for it.
-        grad: gradient per task ``[*batch, n]``; of a proximal rule the gradient mapping.
-        operator: the curvature, linearised there, for rules that use one.
-        point: of a proximal rule the proximal point ``[*batch, n]``, whose zeros are exact. The loop
+        value: objective per task ``[*batch]``; ``None`` if the rule does not use it.
+        grad: gradient per task ``[*batch, n]``; for a proximal rule the gradient mapping.
+        operator: the curvature, linearised there, if the rule uses one.
+        point: for a proximal rule the proximal point ``[*batch, n]``, whose zeros are exact. The loop
             returns that of the last evaluation.
 
     Examples:
@@ -38,31 +36,31 @@ class Evaluation(NamedTuple):
         (9.0, [6.0])
     """
 
-    value: Float[Tensor, "*batch"] | None
-    grad: Float[Tensor, "*batch n"]
+    value: Scalars | None
+    grad: Vectors
     operator: Linearized | None = None
-    point: Float[Tensor, "*batch n"] | None = None
+    point: Vectors | None = None
 
 
-State = tuple[Any, ...]
-Step = tuple[Float[Tensor, "*batch n"], State, Bool[Tensor, "*batch"] | None]
+State = Any  # each rule has its own
+Step = tuple[Vectors, State, Bool[Tensor, "*batch"] | None]
 
 
 @dataclass(frozen=True)
 class Solver(Settings, abc.ABC):
-    """An inner solver's settings and its update rule; the loop is in ``minimize``.
+    """An inner solver: its settings and its update rule. ``minimize`` has the loop.
 
     Attributes:
-        max_steps: most steps, >= 0. With ``tol = 0`` exactly these are taken.
+        max_steps: most steps, >= 0. With ``tol = 0`` it takes exactly that many.
         tol: a task stops when ``||grad F|| <= tol`` at its iterate; the paper's delta, because a
             mu-strongly convex F has ``||phi - phi*|| <= ||grad F|| / mu``.
-        check_every: with ``tol > 0``, how many steps lie between two looks whether all tasks are done;
-            each look is one host synchronisation. It changes when the loop ends, not what comes out.
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done. A check is
+            one host synchronisation; it decides when the loop ends, not what it returns.
         differentiable: whether ``Unrolled`` can differentiate through the steps.
-        uses_value: whether the rule looks at the objective's value, beside the gradient.
-        carries_nonfinite: whether an iterate or a gradient that is not finite leaves all later iterates
-            so: the loop then needs to look at the last one only.
-        proximal: whether the rule is one for [`L1`][implicit_optim.L1] objectives, and for no other.
+        uses_value: whether the rule uses the objective's value besides the gradient.
+        carries_nonfinite: whether a non-finite iterate or gradient makes all later iterates non-finite,
+            so that the loop needs to check the last one only.
+        proximal: whether the rule is for [`L1`][implicit_optim.L1] objectives, and for no others.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -81,30 +79,29 @@ class Solver(Settings, abc.ABC):
     carries_nonfinite: ClassVar[bool] = False
     proximal: ClassVar[bool] = False
 
-    _must: ClassVar = {
-        "max_steps": "be >= 0",
-        "tol": "be finite and >= 0",
-        "check_every": "be >= 1",
-    }
+    _must: ClassVar = dict(max_steps="be >= 0", tol="be finite and >= 0", check_every="be >= 1")
 
     max_steps: int
     tol: float
     check_every: int = field(default=1, kw_only=True)
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
-        """Value and gradient at phi, and whatever else the rule wants from the same pass."""
+        """Value and gradient at phi, and whatever else the rule needs from the same pass."""
         if not self.uses_value:
             return Evaluation(None, problem.grad(phi))
         grad, value = problem.grad_and_value(phi)
         return Evaluation(value, grad)
 
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
-        """The rule's state: a tuple of tensors ``[*batch, ...]``, or of objects that it owns."""
+        """The rule's state before the first step: tensors ``[*batch, ...]``, or objects that it owns."""
         return ()
 
     def known(self, state: State) -> Evaluation | None:
-        """The evaluation at the last proposal, where the step has made it; it saves ``evaluate``."""
-        return None
+        """The evaluation at the last proposal, if the step has made it already: saves ``evaluate``.
+
+        By default the attribute ``evaluation`` of the state, if it has one.
+        """
+        return getattr(state, "evaluation", None)
 
     @abc.abstractmethod
     def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
@@ -122,66 +119,76 @@ class Solver(Settings, abc.ABC):
         """
 
 
-def move(
-    problem: InnerProblem,
-    phi: Float[Tensor, "*batch n"],
-    at: Evaluation,
-    direction: Float[Tensor, "*batch n"],
-    slope: Float[Tensor, "*batch"],
-    line_search: Search,
-) -> tuple[Tensor, Tensor, Tensor, Evaluation | None]:
-    """``phi + t d`` with t from the line search.
+class Move(NamedTuple):
+    """A step along a direction.
 
-    Returns:
-        The next iterate ``[*batch, n]``, t and whether it was found ``[*batch]``, and the evaluation at
-        the next iterate where the search has made it.
+    Attributes:
+        end: the next iterate, ``[*batch, n]``.
+        length: the step length t ``[*batch]``; 0 where none was found.
+        found: whether one was found, ``[*batch]``.
+        evaluation: at ``end``, if the search has made it already.
+    """
+
+    end: Vectors
+    length: Scalars
+    found: Bool[Tensor, "*batch"]
+    evaluation: Evaluation | None
+
+
+def move(
+    problem: Minimised, phi: Vectors, at: Evaluation, d: Vectors, slope: Scalars, search: Search
+) -> Move:
+    """To ``phi + t d``, with t from the search.
+
+    Args:
+        problem: what is minimised.
+        phi: iterate ``[*batch, n]``.
+        at: its evaluation, with the value.
+        d: direction, ``[*batch, n]``.
+        slope: ``grad F . d``, ``[*batch]``.
+        search: chooses t.
     """
     assert at.value is not None
-    line = Line.of(problem, phi, direction)
-    t, found = line_search.search(line, at.value, slope)
+    line = Line.of(problem, phi, d)
+    t, found = search.search(line, at.value, slope)
     known = line.known(t)
     evaluation = None if known is None else Evaluation(*known)
-    return phi + t.unsqueeze(-1) * direction, t, found, evaluation
+    return Move(phi + t.unsqueeze(-1) * d, t, found, evaluation)
 
 
-def check_search(line_search: Search) -> None:
-    """Raise if this is no line search."""
-    if not isinstance(line_search, Search):
-        raise TypeError(f"line_search must be StrongWolfe(...) or Armijo(...), got {line_search!r}")
+@dataclass(frozen=True, kw_only=True)
+class Descent(Solver):
+    """What the rules written here have in common: by default they take 100 steps, all of them."""
+
+    max_steps: int = 100
+    tol: float = 0.0
 
 
-class Searching(Solver):
-    """A rule along whose directions a search looks; its state ends in what the search found out."""
+class Searching(Descent):
+    """A rule that searches along its directions."""
 
-    differentiable: ClassVar[bool] = False
+    differentiable = False
 
     line_search: Search
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_search(self.line_search)
+        if not isinstance(self.line_search, Search):
+            raise TypeError(
+                f"line_search must be StrongWolfe(...) or Armijo(...), got {self.line_search!r}"
+            )
 
-    def known(self, state: State) -> Evaluation | None:
-        """The evaluation of the search's last trial."""
-        return state[-1]
 
+@dataclass(frozen=True, kw_only=True)
+class NewtonMethod(Descent):
+    """A rule that uses the curvature."""
 
-class SecondOrder(Solver):
-    """A rule that looks at the curvature."""
+    differentiable = False
 
-    differentiable: ClassVar[bool] = False
-
-    curvature: type[Hessian] | type[GaussNewton]
+    curvature: type[Hessian] | type[GaussNewton] = Hessian
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """Linearise the curvature; value and gradient come from the same pass."""
         at = self.curvature(problem, phi).linearize()
         assert at.value is not None and at.gradient is not None
         return Evaluation(at.value, at.gradient, at)
-
-
-def check_lr(lr: float | Tensor) -> None:
-    """Raise if a learning rate is not a finite number > 0."""
-    if isinstance(lr, Tensor) and lr.ndim > 0:
-        raise ValueError(f"Invalid lr: it must be a number or a 0-d tensor, got {tuple(lr.shape)}")
-    check("lr", lr, "be finite and > 0")

@@ -1,7 +1,5 @@
 """Gradient descent."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +7,12 @@ import torch
 from torch import Tensor
 
 from implicit_optim._problem import InnerProblem
-from implicit_optim._solver.base import Evaluation, Solver, State, Step, check_lr
+from implicit_optim._solver.base import Descent, Evaluation, State, Step
+
+Number = float | Tensor  # a setting that may be learned, or live on a device: 0-d
 
 
-def gd_update(phi: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
+def gd_update(phi: Tensor, grad: Tensor, lr: Number) -> Tensor:
     """``phi - lr grad``."""
     if not isinstance(lr, Tensor):
         return torch.sub(phi, grad, alpha=lr)
@@ -20,17 +20,17 @@ def gd_update(phi: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class gd(Solver):
+class gd(Descent):
     """Gradient descent, ``phi <- phi - lr grad F(phi)``.
 
     On a mu-strongly convex, L-smooth problem ``lr = 1/L`` contracts the distance to the minimiser by
-    ``1 - mu/L`` a step.
+    ``1 - mu/L`` per step.
 
     Args:
         lr: learning rate, > 0; a 0-d tensor can be learned with ``Unrolled``.
         max_steps: most steps, each one gradient.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
@@ -47,16 +47,11 @@ class gd(Solver):
     Source: Rajeswaran et al. 2019, section 4 (iMAML, GD); Nesterov 2004, theorem 2.1.15.
     """
 
-    uses_value: ClassVar[bool] = False
-    carries_nonfinite: ClassVar[bool] = True
+    uses_value = False
+    carries_nonfinite = True
+    _must: ClassVar = dict(Descent._must, lr="be finite and > 0")
 
     lr: float | Tensor
-    max_steps: int = 100
-    tol: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lr(self.lr)
 
     def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One gradient step."""

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._problem import InnerProblem
-from implicit_optim._search import Search, StrongWolfe
-from implicit_optim._solver.base import Evaluation, Searching, State, Step, move
+from implicit_optim._search import Scalars, Search, StrongWolfe, Vectors
+from implicit_optim._solver.base import Evaluation, Searching, Step, move
 from implicit_optim._solver.nonlinear_cg import shortened
-from implicit_optim._vectors import dot, where
+from implicit_optim._vectors import dot, selector
 
 
 class History(NamedTuple):
-    """The last m pairs of each task, the newest one last.
+    """The last m pairs of each task, newest last.
 
     Attributes:
         s: moves, ``[*batch, m, n]``.
@@ -29,30 +29,26 @@ class History(NamedTuple):
     s: Float[Tensor, "*batch m n"]
     y: Float[Tensor, "*batch m n"]
     rho: Float[Tensor, "*batch m"]
-    gamma: Float[Tensor, "*batch"]
+    gamma: Scalars
 
     @classmethod
-    def empty(cls, phi: Float[Tensor, "*batch n"], memory: int) -> History:
+    def empty(cls, phi: Vectors, memory: int) -> History:
         """No pairs."""
         pairs = torch.zeros_like(phi).unsqueeze(-2).expand(*phi.shape[:-1], memory, phi.shape[-1])
         return cls(pairs, pairs, pairs.sum(-1), pairs.sum((-2, -1)))
 
-    def add(self, s: Float[Tensor, "*batch n"], y: Float[Tensor, "*batch n"]) -> History:
-        """With one more pair for the tasks in which ``s.y`` is positive beyond rounding."""
+    def add(self, s: Vectors, y: Vectors) -> History:
+        """With one more pair, for the tasks whose ``s.y`` is positive beyond rounding."""
         sy, yy, ss = (dot(*pair) for pair in ((s, y), (y, y), (s, s)))
         eps = torch.finfo(s.dtype).eps
         good = (sy > eps * (ss * yy).sqrt()) & (yy > 0) & yy.isfinite()
-        newer = (s.unsqueeze(-2), y.unsqueeze(-2), (1 / sy).unsqueeze(-1))
-        older = (self.s[..., 1:, :], self.y[..., 1:, :], self.rho[..., 1:])
-        dims = (-2, -2, -1)
-        rolled = [torch.cat(pair, d) for *pair, d in zip(older, newer, dims, strict=True)]
-        kept = zip((*rolled, sy / yy), self, strict=True)
-        return History(*(where(good, new, old) for new, old in kept))
+        newer = _push(self.s, s, -2), _push(self.y, y, -2), _push(self.rho, 1 / sy, -1), sy / yy
+        return History(*map(selector(good), newer, self))
 
-    def direction(self, grad: Float[Tensor, "*batch n"], pairs: int) -> Tensor:
+    def direction(self, grad: Vectors, pairs: int) -> Vectors:
         """``-H grad`` by the two-loop recursion over the newest ``pairs`` pairs.
 
-        H starts from gamma, without a pair from ``min(1, 1 / ||grad||)``.
+        The initial H is gamma, or ``min(1, 1 / ||grad||)`` for a task without a pair.
         """
         q, alphas = grad, []
         for i in range(-1, -pairs - 1, -1):
@@ -67,27 +63,48 @@ class History(NamedTuple):
         return -q
 
 
+def _push(old: Tensor, new: Tensor, dim: int) -> Tensor:
+    """All but the oldest along a dimension, followed by the new one."""
+    return torch.cat((old.narrow(dim, 1, old.shape[dim] - 1), new.unsqueeze(dim)), dim)
+
+
+class LbfgsState(NamedTuple):
+    """What a step remembers.
+
+    Attributes:
+        last: iterate and gradient ``[*batch, n]`` where the step began; ``None`` before the first.
+        history: the pairs of the steps before it.
+        steps: how many steps there were, for all tasks together.
+        evaluation: at the iterate it led to, if the search has made it.
+    """
+
+    last: tuple[Vectors, Vectors] | None
+    history: History
+    steps: int = 0
+    evaluation: Evaluation | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class lbfgs(Searching):
     """Limited-memory BFGS.
 
-    ``phi <- phi - t H grad F`` with t from the search; H is the BFGS approximation of the inverse
-    Hessian from the last m moves s and changes y of the gradient, on ``(s.y / y.y) I``.
+    ``phi <- phi - t H grad F`` with t from the search. H is the BFGS approximation of the inverse
+    Hessian: ``(s.y / y.y) I``, updated with the last m moves s and changes y of the gradient.
 
-    Each task has its own history. A pair whose ``s.y`` is not positive beyond rounding is left out. A
-    task whose direction does not descend forgets its history and takes the gradient.
+    Each task has its own history. It skips pairs whose ``s.y`` is not positive beyond rounding. A task
+    whose direction is no descent direction discards its history and takes the gradient.
 
     Args:
-        memory: m, pairs kept, >= 1; 2 m vectors like phi.
-        line_search: step lengths. Default: strong Wolfe from 1. Of the searches here it alone makes
-            ``s.y`` positive.
-        max_steps: most steps, each one gradient a trial, mostly one.
+        memory: m, how many pairs to keep, >= 1; they are 2 m vectors like phi.
+        line_search: chooses t. Default: strong Wolfe from 1, the only search here that makes ``s.y``
+            positive.
+        max_steps: most steps; each costs a gradient per trial, mostly one.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
-        TypeError: line_search is none.
+        TypeError: line_search is no line search.
         ValueError: a setting is out of range.
 
     Examples:
@@ -102,30 +119,27 @@ class lbfgs(Searching):
     Source: Liu & Nocedal 1989; Nocedal & Wright 2006, algorithms 7.4 and 7.5, equation 7.20.
     """
 
-    _must: ClassVar = {**Searching._must, "memory": "be >= 1"}
+    _must: ClassVar = dict(Searching._must, memory="be >= 1")
 
     memory: int = 10
     line_search: Search = field(default_factory=StrongWolfe)
-    max_steps: int = 100
-    tol: float = 0.0
 
-    def init(self, problem: InnerProblem, phi: Tensor) -> State:
-        """Last iterate and gradient (none), the history, steps so far, and what is known."""
-        return None, History.empty(phi, self.memory), 0, None
+    def init(self, problem: InnerProblem, phi: Tensor) -> LbfgsState:
+        """No iterate to compare with, and an empty history."""
+        return LbfgsState(None, History.empty(phi, self.memory))
 
-    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
+    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: LbfgsState) -> Step:
         """One quasi-Newton direction and one search along it."""
-        last, history, count, _ = state
-        if last is not None:
-            history = history.add(phi - last[0], at.grad - last[1])
-        direction = history.direction(at.grad, min(count, self.memory))
-        descends = dot(at.grad, direction) < 0
-        steepest = -shortened(at.grad).unsqueeze(-1) * at.grad
-        direction = where(descends, direction, steepest)
-        history = history._replace(
-            rho=where(descends, history.rho, torch.zeros_like(history.rho)),
-            gamma=where(descends, history.gamma, torch.zeros_like(history.gamma)),
-        )
+        history = state.history
+        if state.last is not None:
+            last_phi, last_grad = state.last
+            history = history.add(phi - last_phi, at.grad - last_grad)
+        direction = history.direction(at.grad, min(state.steps, self.memory))
+        restart = selector(~(dot(at.grad, direction) < 0))  # also where that is NaN
+        direction = restart(-shortened(at.grad).unsqueeze(-1) * at.grad, direction)
+        rho, gamma = restart(0.0, history.rho), restart(0.0, history.gamma)
+        history = history._replace(rho=rho, gamma=gamma)
         slope = dot(at.grad, direction)
-        proposal, _, found, known = move(problem, phi, at, direction, slope, self.line_search)
-        return proposal, ((phi, at.grad), history, count + 1, known), found
+        moved = move(problem, phi, at, direction, slope, self.line_search)
+        state = LbfgsState((phi, at.grad), history, state.steps + 1, moved.evaluation)
+        return moved.end, state, moved.found

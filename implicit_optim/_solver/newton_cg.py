@@ -1,69 +1,67 @@
 """Newton-CG with a line search: the paper's Hessian-free solver."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Int8
 from torch import Tensor
 
 from implicit_optim._linear_solver import CG, LinearSolver, safeguarded
-from implicit_optim._operator import GaussNewton, Hessian, Linearized
+from implicit_optim._operator import Linearized
 from implicit_optim._problem import InnerProblem
-from implicit_optim._search import Armijo, Search
-from implicit_optim._solver.base import Evaluation, SecondOrder, State, Step, move
+from implicit_optim._search import Armijo, Scalars, Search, Vectors
+from implicit_optim._solver.base import Evaluation, NewtonMethod, Searching, State, Step, move
 from implicit_optim._vectors import dot
 
 
 def newton_direction(
-    operator: Linearized, grad: Float[Tensor, "*batch n"], linear_solver: LinearSolver
-) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch"], Int8[Tensor, "*batch"]]:
-    """Descent direction ``-A^-1 grad``, its slope ``grad . d`` and how the solve went, per task.
+    operator: Linearized, grad: Vectors, linear_solver: LinearSolver
+) -> tuple[Vectors, Scalars, Int8[Tensor, "*batch"]]:
+    """Descent direction ``-A^-1 grad``, its slope ``grad . d`` and the solve's status, per task.
 
-    Where the curvature is negative the solver hands back what it had; should that not descend, the
-    task takes the preconditioned gradient, and if even that does not, the plain one.
+    Where it meets negative curvature the solver returns its last iterate. If that is no descent
+    direction, the task takes the preconditioned gradient, and if neither is that, the plain one.
 
     Args:
         operator: curvature A, linearised at the iterate.
         grad: gradient ``[*batch, n]``.
-        linear_solver: how to solve.
+        linear_solver: solves for the direction.
 
     Returns:
         Direction ``[*batch, n]``, slope ``[*batch]`` and the solve's status ``[*batch]``.
     """
     solution = linear_solver.solve(operator, -grad)
-    if operator.fallback is not None:
-        other = operator.fallback
-        solution = safeguarded(solution, lambda: linear_solver.solve(other(), -grad))
+    if (fallback := operator.fallback) is not None:
+        solution = safeguarded(solution, lambda: linear_solver.solve(fallback(), -grad))
     direction = solution.value
-    for fallback in (operator.precondition(-grad), -grad):
+    for simpler in (operator.precondition(-grad), -grad):
         slope = dot(grad, direction)
         descends = (slope <= 0).unsqueeze(-1)  # False for NaN as well
-        direction = torch.where(descends, direction, fallback)
+        direction = torch.where(descends, direction, simpler)
     return direction, dot(grad, direction), solution.status
 
 
 @dataclass(frozen=True, kw_only=True)
-class newton_cg(SecondOrder):
+class newton_cg(Searching, NewtonMethod):
     """Newton's method with directions from conjugate gradients and a line search.
 
     ``d = -A^-1 grad F`` by a few CG steps, ``phi <- phi + t d`` with t from the search. Each task has
-    its own CG, its own step length and its own negative curvature. On a quadratic one step with
-    enough CG iterations reaches the minimiser.
+    its own CG, step length and treatment of negative curvature. On a quadratic, one step with enough
+    CG iterations reaches the minimiser.
 
     Args:
-        linear_solver: CG for the direction. Default: 5 steps, as in the paper.
-        line_search: step lengths. Default: Armijo backtracking from 1.
+        linear_solver: solves for the direction. Default: 5 steps of CG, as in the paper.
+        line_search: chooses t. Default: Armijo backtracking from 1.
         curvature: the matrix A, [`Hessian`][implicit_optim.Hessian],
             [`GaussNewton`][implicit_optim.GaussNewton] or
             [`SafeguardedHessian`][implicit_optim.SafeguardedHessian].
         max_steps: most Newton steps.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
+        TypeError: line_search is no line search.
         ValueError: a setting is out of range.
 
     Examples:
@@ -80,13 +78,11 @@ class newton_cg(SecondOrder):
 
     linear_solver: LinearSolver = field(default_factory=lambda: CG(max_steps=5))
     line_search: Search = field(default_factory=Armijo)
-    curvature: type[Hessian] | type[GaussNewton] = Hessian
     max_steps: int = 20
-    tol: float = 0.0
 
     def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """One Newton step."""
         assert at.operator is not None
         direction, slope, _ = newton_direction(at.operator, at.grad, self.linear_solver)
-        proposal, _, found, _ = move(problem, phi, at, direction, slope, self.line_search)
-        return proposal, state, found
+        moved = move(problem, phi, at, direction, slope, self.line_search)
+        return moved.end, state, moved.found

@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_optim._problem import InnerProblem
 from implicit_optim._search import Scalars, Search, StrongWolfe, Vectors
-from implicit_optim._solver.base import Evaluation, Searching, State, Step, move
+from implicit_optim._solver.base import Evaluation, Searching, Step, move
 from implicit_optim._vectors import dot, norm
 
 
-def conjugate_direction(
-    grad: Vectors, last_grad: Vectors, last_direction: Vectors
-) -> tuple[Vectors, Scalars]:
-    """``d = -g + beta d_last``, ``beta = max(0, g.(g - g_last) / g_last.g_last)``, and ``g.d``.
+class NonlinearCgState(NamedTuple):
+    """What a step remembers; all zero before the first.
 
-    Where that does not descend, the task starts again from ``-g``; so it does where the last are zero.
+    Attributes:
+        grad: gradient ``[*batch, n]`` where the step began.
+        direction: d, ``[*batch, n]``.
+        decrease: step length times slope, ``[*batch]``.
+        evaluation: at the iterate it led to, if the search has made it.
     """
-    beta = dot(grad, grad - last_grad) / last_grad.square().sum(-1)
+
+    grad: Vectors
+    direction: Vectors
+    decrease: Scalars
+    evaluation: Evaluation | None = None
+
+    @classmethod
+    def zero(cls, phi: Vectors) -> NonlinearCgState:
+        """The state before the first step."""
+        zero = torch.zeros_like(phi)
+        return cls(zero, zero, phi.new_zeros(phi.shape[:-1]))
+
+
+def conjugate_step(grad: Vectors, last: NonlinearCgState) -> tuple[Vectors, Scalars, Scalars]:
+    """``d = -g + beta d_last`` with ``beta = max(0, g.(g - g_last) / g_last.g_last)``.
+
+    A task restarts from ``-g`` where d is no descent direction, and where ``g_last`` is zero.
+
+    Returns:
+        The direction d; ``g.d``; and the step length to try first, which to first order lowers F by as
+        much as the last step did. The first of all steps moves by 1 at most.
+    """
+    beta = dot(grad, grad - last.grad) / last.grad.square().sum(-1)
     beta = torch.where((beta > 0) & beta.isfinite(), beta, 0.0)
-    direction = beta.unsqueeze(-1) * last_direction - grad
+    direction = beta.unsqueeze(-1) * last.direction - grad
     descends = (dot(grad, direction) < 0).unsqueeze(-1)
     direction = torch.where(descends, direction, -grad)
-    return direction, dot(grad, direction)
-
-
-def first_length(grad: Vectors, slope: Scalars, decrease: Scalars) -> Scalars:
-    """The step that a search tries first: it would lower F by as much as the last step promised.
-
-    Args:
-        grad: gradient ``[*batch, n]``.
-        slope: ``grad . d``.
-        decrease: step length times slope of the last step, 0 where there was none: then the first trial
-            is of length 1 at most.
-    """
-    length = decrease / slope
-    return torch.where((length > 0) & length.isfinite(), length, shortened(grad))
+    slope = dot(grad, direction)
+    length = last.decrease / slope
+    length = torch.where((length > 0) & length.isfinite(), length, shortened(grad))
+    return direction, slope, length
 
 
 def shortened(grad: Vectors) -> Scalars:
@@ -53,19 +68,19 @@ class nonlinear_cg(Searching):
     ``d = -grad F + beta d_last``, ``phi <- phi + t d`` with t from the search,
     ``beta = max(0, grad F . (grad F - last grad F) / ||last grad F||^2)``
 
-    A task starts again from ``-grad F`` where d does not descend. On a quadratic with an exact search
-    these are the steps of linear conjugate gradients: n of them reach the minimiser.
+    A task restarts from ``-grad F`` where d is no descent direction. On a quadratic with an exact search
+    these are the steps of linear conjugate gradients, of which n reach the minimiser.
 
     Args:
-        line_search: step lengths, in units of the step that promises what the last one did; the first
-            one is of length 1 at most. Default: strong Wolfe with a slope of 0.1 left over.
-        max_steps: most steps, each one gradient a trial, often two.
+        line_search: chooses t, as a multiple of the step that to first order lowers F as much as the
+            last one did; the first moves by 1 at most. Default: strong Wolfe with ``c2 = 0.1``.
+        max_steps: most steps; each costs a gradient per trial, often two.
         tol: stop a task at ``||grad F|| <= tol``; 0 takes exactly ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
-        TypeError: line_search is none.
+        TypeError: line_search is no line search.
         ValueError: a setting is out of range.
 
     Examples:
@@ -80,18 +95,16 @@ class nonlinear_cg(Searching):
     """
 
     line_search: Search = field(default_factory=lambda: StrongWolfe(c2=0.1))
-    max_steps: int = 100
-    tol: float = 0.0
 
-    def init(self, problem: InnerProblem, phi: Tensor) -> State:
-        """Last gradient, last direction, the decrease that it promised, and what is known."""
-        return torch.zeros_like(phi), torch.zeros_like(phi), phi.new_zeros(phi.shape[:-1]), None
+    def init(self, problem: InnerProblem, phi: Tensor) -> NonlinearCgState:
+        """No step to remember."""
+        return NonlinearCgState.zero(phi)
 
-    def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
+    def step(
+        self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: NonlinearCgState
+    ) -> Step:
         """One conjugate direction and one search along it."""
-        last_grad, last_direction, decrease, _ = state
-        direction, slope = conjugate_direction(at.grad, last_grad, last_direction)
-        scale = first_length(at.grad, slope, decrease)
+        direction, slope, scale = conjugate_step(at.grad, state)
         scaled = scale.unsqueeze(-1) * direction
-        proposal, t, found, known = move(problem, phi, at, scaled, scale * slope, self.line_search)
-        return proposal, (at.grad, direction, t * scale * slope, known), found
+        end, t, found, evaluation = move(problem, phi, at, scaled, scale * slope, self.line_search)
+        return end, NonlinearCgState(at.grad, direction, t * scale * slope, evaluation), found

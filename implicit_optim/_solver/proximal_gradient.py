@@ -1,49 +1,52 @@
 """Proximal gradient descent: gradient steps on the smooth part, soft thresholds for the l1 norm."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_optim._problem import InnerProblem, smooth, soft_threshold, strengths
-from implicit_optim._solver.agd import look_ahead
-from implicit_optim._solver.base import Evaluation, Solver, State, Step, check_lr
-from implicit_optim._solver.gd import gd_update
+from implicit_optim._search import Scalars, Vectors
+from implicit_optim._solver.base import Descent, Evaluation, State, Step
+from implicit_optim._solver.gd import Number, gd_update
 from implicit_optim._vectors import dot
 
 
-def proximal_update(
-    phi: Tensor, grad: Tensor, lr: float | Tensor, strength: float | Tensor
-) -> Tensor:
+def proximal_update(phi: Tensor, grad: Tensor, lr: Number, strength: Number) -> Tensor:
     """``soft_threshold(phi - lr grad, lr strength)``."""
     return soft_threshold(gd_update(phi, grad, lr), lr * strength)
 
 
+class FistaState(NamedTuple):
+    """What the accelerated rule remembers: the last proximal point, and Nesterov's t of each task."""
+
+    point: Vectors
+    t: Scalars
+
+
 @dataclass(frozen=True, kw_only=True)
-class proximal_gradient(Solver):
+class proximal_gradient(Descent):
     r"""Proximal gradient descent for an [`L1`][implicit_optim.L1] objective ``F + s |phi|_1``.
 
-    ``phi <- soft_threshold(phi - lr grad F(phi), lr s)``: ISTA. The zeros that it finds are exact. With
-    ``lr <= 1/L`` the objective falls in every step, ``F + s |phi|_1 - min = O(1/k)``; accelerated,
-    FISTA, ``O(1/k^2)``, restarted where the momentum points uphill.
+    ``phi <- soft_threshold(phi - lr grad F(phi), lr s)``: ISTA. Its zeros are exact. With ``lr <= 1/L``
+    the objective falls in every step, ``F + s |phi|_1 - min = O(1/k)``. Accelerated it is FISTA,
+    ``O(1/k^2)``, which restarts where the momentum points uphill.
 
-    What ``tol`` is compared with, and what ``grad_norm`` says, is the norm of the gradient mapping
-    ``(phi - soft_threshold(phi - lr grad F(phi), lr s)) / lr``. It is zero at the minimiser alone, and
-    without the l1 norm it is grad F. The value is ``soft_threshold(...)`` of the last gradient taken,
-    with ``tol > 0`` one step further than ``steps`` says: its zeros are exact, and for ``lr <= 1/L``
-    and a convex F its own gradient mapping is no larger.
+    ``tol`` and ``grad_norm`` refer to the norm of the gradient mapping
+    ``(phi - soft_threshold(phi - lr grad F(phi), lr s)) / lr``, which is zero at the minimiser only, and
+    is grad F without the l1 norm. The value is ``soft_threshold(...)`` of the last gradient taken, so
+    with ``tol > 0`` it is one step ahead of ``steps``: its zeros are exact, and for ``lr <= 1/L`` and a
+    convex F its own gradient mapping is no larger.
 
     Args:
         lr: learning rate, > 0; at most ``1/L`` for an F with an L-Lipschitz gradient. A 0-d tensor can
             be learned with ``Unrolled``.
         accelerated: whether to look ahead, as [`agd`][implicit_optim.agd] does: FISTA.
         max_steps: most steps, each one gradient of F.
-        tol: stop a task where the norm of the gradient mapping is at most this; 0 takes exactly
+        tol: stop a task when the norm of the gradient mapping is at most this; 0 takes exactly
             ``max_steps`` steps.
-        check_every: with ``tol > 0``, steps between two looks whether all tasks are done (one host
+        check_every: with ``tol > 0``, steps between two checks whether all tasks are done (one host
             synchronisation each).
 
     Raises:
@@ -61,17 +64,12 @@ class proximal_gradient(Solver):
     O'Donoghue & Candes 2015, section 3.2 (restart by the gradient).
     """
 
-    uses_value: ClassVar[bool] = False
-    proximal: ClassVar[bool] = True
+    uses_value = False
+    proximal = True
+    _must: ClassVar = dict(Descent._must, lr="be finite and > 0")
 
     lr: float | Tensor
     accelerated: bool = False
-    max_steps: int = 100
-    tol: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lr(self.lr)
 
     def evaluate(self, problem: InnerProblem, phi: Tensor) -> Evaluation:
         """The gradient mapping, and the proximal point."""
@@ -80,8 +78,8 @@ class proximal_gradient(Solver):
         return Evaluation(None, (phi - point) / self.lr, point=point)
 
     def init(self, problem: InnerProblem, phi: Tensor) -> State:
-        """Accelerated: the last proximal point, and Nesterov's t of each task."""
-        return (phi, phi.new_ones(phi.shape[:-1])) if self.accelerated else ()
+        """Accelerated, it starts from phi with ``t = 1``; else there is nothing to remember."""
+        return FistaState(phi, phi.new_ones(phi.shape[:-1])) if self.accelerated else ()
 
     def step(self, problem: InnerProblem, phi: Tensor, at: Evaluation, state: State) -> Step:
         """To the proximal point; accelerated, beyond it."""
@@ -93,5 +91,5 @@ class proximal_gradient(Solver):
         uphill = dot(phi - point, point - last) > 0
         t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
         momentum = torch.where(uphill, 0.0, (t - 1) / t_next)
-        ahead = look_ahead(last, point, momentum.unsqueeze(-1))
-        return ahead, (point, torch.where(uphill, 1.0, t_next)), None
+        ahead = torch.lerp(last, point, 1 + momentum.unsqueeze(-1))
+        return ahead, FistaState(point, torch.where(uphill, 1.0, t_next)), None

@@ -1,13 +1,12 @@
 """Truncated conjugate gradients in a ball: the step of a trust region."""
 
-from __future__ import annotations
-
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from implicit_optim._operator import Linearized
 from implicit_optim._outcome import Solution, Status, status_of
+from implicit_optim._search import Scalars, Vectors
+from implicit_optim._solver.gd import Number
 from implicit_optim._vectors import (
     dot,
     none_running,
@@ -20,34 +19,29 @@ from implicit_optim._vectors import (
 
 @torch.no_grad()
 def steihaug(
-    operator: Linearized,
-    b: Float[Tensor, "*batch n"],
-    radius: Float[Tensor, "*batch"],
-    *,
-    rtol: float | Float[Tensor, "*batch"] = 0.0,
-    max_steps: int | None = None,
+    A: Linearized, b: Vectors, radius: Scalars, *, rtol: Number = 0.0, max_steps: int | None = None
 ) -> Solution:
     r"""Lower the model ``m(x) = x.Ax / 2 - b.x`` in the ball ``||x|| <= radius``, for every task.
 
-    Conjugate gradients from ``x = 0``, whose iterates grow in norm. A task stops where the residual
-    meets ``rtol ||b||``; on the ball, where the next iterate would leave it; and on the ball too along
-    the first direction with ``p.Ap <= 0``, on which the model falls for ever. The first iterate is
-    Cauchy's point, so that ``m(0) - m(x) >= 1/2 ||b|| min(radius, ||b|| / ||A||)``.
+    Conjugate gradients from ``x = 0``, whose iterates grow in norm. A task stops when the residual is at
+    most ``rtol ||b||``. It stops on the boundary where the next iterate would lie outside, or where it
+    follows the first direction with ``p.Ap <= 0``, along which the model is unbounded below. The first
+    iterate is the Cauchy point, so that ``m(0) - m(x) >= 1/2 ||b|| min(radius, ||b|| / ||A||)``.
 
     Args:
-        operator: A, symmetric, definite or not, already linearised. Its preconditioner is not used: the
-            ball is Euclidean.
+        A: symmetric, definite or not, linearised. Its preconditioner is not used, because the ball is
+            Euclidean.
         b: minus the gradient, ``[*batch, n]``.
         radius: of the ball, in units of x, ``[*batch]``.
         rtol: residual relative to ``||b||``, a number or ``[*batch]``.
-        max_steps: most products. Default: ``min(10 n, 1000)``, with a look of the host each; where it is
-            given the host looks only where that is free.
+        max_steps: most products. Default: ``min(10 n, 1000)``, with a host synchronisation each to see
+            whether all tasks are done; with a number, only where that costs nothing.
 
     Returns:
         A [`Solution`][implicit_optim.Solution] with value ``[*batch, n]``; the status is
-        ``NEGATIVE_CURVATURE`` where that was followed, ``NONFINITE`` where a product was. ``stats``:
-        ``steps`` (products that moved the iterate), ``norm = ||x||``, ``on_boundary`` (bool), and
-        ``decrease = m(0) - m(x) >= 0``, a sum of positive terms, in which nothing cancels.
+        ``NEGATIVE_CURVATURE`` where it followed such a direction, ``NONFINITE`` where a product was not
+        finite. ``stats``: ``steps`` (products that moved the iterate), ``norm = ||x||``, ``on_boundary``
+        (bool), and ``decrease = m(0) - m(x) >= 0``, a sum of positive terms without cancellation.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -63,10 +57,10 @@ def steihaug(
     """
     eps = torch.finfo(b.dtype).eps
     look, max_steps = max_steps is None, max_steps or min(10 * b.shape[-1], 1000)
-    scale = power_of_two(b)  # squares of a tiny or huge b would leave the range of its dtype
+    scale = power_of_two(b)  # otherwise squares of a tiny or huge b underflow or overflow
     r, radius = b / scale.unsqueeze(-1), radius / scale
     residual = norm(r)
-    target = torch.clamp(torch.as_tensor(rtol, dtype=b.dtype, device=b.device), min=eps) * residual
+    target = torch.as_tensor(rtol, dtype=b.dtype, device=b.device).clamp(min=eps) * residual
     nonfinite = ~torch.isfinite(residual)
     running = ~nonfinite & (residual > target)
     indefinite = on_boundary = torch.zeros_like(running)
@@ -77,7 +71,7 @@ def steihaug(
     for _ in range(max_steps):
         if none_running_if_free(running) or (look and none_running(running)):
             break
-        Ap, p_norm = operator.mv(p), norm(p)
+        Ap, p_norm = A.mv(p), norm(p)
         curvature = dot(p, Ap)
         nonfinite = nonfinite | (running & ~torch.isfinite(curvature))
         running = running & ~nonfinite
@@ -104,8 +98,8 @@ def steihaug(
 
 
 def _to_edge(x: Tensor, p: Tensor, p_norm: Tensor, radius: Tensor) -> Tensor:
-    """The t >= 0 with ``||x + t p|| = radius``, without a square of the radius or a difference."""
+    """The t >= 0 with ``||x + t p|| = radius``, without squaring the radius and without cancellation."""
     x_norm = norm(x)
     gap = (radius - x_norm).clamp(min=0).sqrt() * (radius + x_norm).sqrt()
-    along = dot(x, p) / p_norm  # not negative, but for rounding
+    along = dot(x, p) / p_norm  # >= 0, up to rounding
     return gap * (gap / (along + torch.hypot(along, gap))) / p_norm

@@ -5,17 +5,8 @@ It uses torch alone.
 
 from implicit_optim._vectors.layout import Layout, keystr
 from implicit_optim._vectors.masks import (
-    is_free_to_read,
-    none_running,
-    none_running_if_free,
-    selector,
-    where,
-)
+    is_free_to_read, is_readable, none_running, none_running_if_free, selector, where,
+)  # fmt: skip
 from implicit_optim._vectors.reductions import (
-    directions,
-    dot,
-    largest,
-    norm,
-    power_of_two,
-    products,
-)
+    directions, dot, largest, norm, power_of_two, products, unit,
+)  # fmt: skip

@@ -5,7 +5,7 @@ processes (``DTensor``) each process sums its own numbers, and the sums, a numbe
 together here, once, instead of at each of their uses.
 """
 
-from __future__ import annotations
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def norm(x: Tensor) -> Tensor:
     """``||x||`` of every task."""
     return _together(torch.linalg.vector_norm(x, dim=-1))
+
+
+def unit(x: Tensor, length: Tensor) -> Tensor:
+    """``x / length`` of every task; zero where the length is zero."""
+    return x / torch.where(length > 0, length, math.inf).unsqueeze(-1)
 
 
 def largest(x: Tensor) -> Tensor:

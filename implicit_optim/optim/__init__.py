@@ -2,16 +2,8 @@
 
 from implicit_optim.optim._agd import NesterovAGD
 from implicit_optim.optim._gd import GD
-from implicit_optim.optim._newton_cg import NewtonCG
+from implicit_optim.optim._newton import NewtonCG, TrustRegion
 from implicit_optim.optim._nonlinear_cg import NonlinearCG
 from implicit_optim.optim._proximal_gradient import ProximalGradient
-from implicit_optim.optim._trust_region import TrustRegion
 
-__all__ = [
-    "GD",
-    "NesterovAGD",
-    "NewtonCG",
-    "NonlinearCG",
-    "ProximalGradient",
-    "TrustRegion",
-]
+__all__ = ["GD", "NesterovAGD", "NewtonCG", "NonlinearCG", "ProximalGradient", "TrustRegion"]

@@ -1,27 +1,27 @@
 """Nesterov's accelerated gradient descent as a ``torch.optim`` class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from implicit_optim._solver import agd_update, resolve_agd
-from implicit_optim.optim._gd import FirstOrder, check_tensor_lr, descend_all
+from implicit_optim._solver import agd, agd_update
+from implicit_optim.optim._gd import PerParameter, descend_all
+
+_PAIR = ("strong_convexity", "smoothness")
 
 
-class NesterovAGD(FirstOrder):
+class NesterovAGD(PerParameter):
     """Nesterov's accelerated gradient descent.
 
     ``x' = param - lr grad``, ``param' = x' + momentum (x' - x)``
 
     The parameter is the look-ahead point y, where the gradient is taken; ``state[param]["x"]`` is
     the last point before looking ahead. With mu and L known the loss falls like
-    ``(1 - sqrt(mu/L))^k``, against ``(1 - mu/L)^k`` for gradient descent. At a constant lr these
-    are the steps of ``torch.optim.SGD(nesterov=True)``; where lr changes, this rule keeps to the
-    formula, while SGD rescales with lr the moves that it has accumulated.
+    ``(1 - sqrt(mu/L))^k``, compared with ``(1 - mu/L)^k`` for gradient descent. At a constant lr these
+    are the steps of ``torch.optim.SGD(nesterov=True)``. When lr changes, this rule keeps to the
+    formula, whereas SGD rescales the moves accumulated so far.
 
     Args:
         params: parameters, named parameters or parameter groups.
@@ -63,9 +63,9 @@ class NesterovAGD(FirstOrder):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        lr, momentum = _resolve(lr, momentum, strong_convexity, smoothness)
-        defaults = {"lr": lr, "momentum": momentum, "maximize": maximize, "foreach": foreach}
-        super().__init__(params, defaults)
+        options = dict(lr=lr, momentum=momentum, maximize=maximize, foreach=foreach)
+        pair = dict(strong_convexity=strong_convexity, smoothness=smoothness)
+        super().__init__(params, _resolved({**options, **pair}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it names them.
@@ -78,19 +78,15 @@ class NesterovAGD(FirstOrder):
             TypeError: a parameter is complex.
             ValueError: an option is out of range, or the options do not fit together.
         """
-        pair = ("strong_convexity", "smoothness")
-        if isinstance(param_group, dict) and any(name in param_group for name in pair):
-            rest = {k: v for k, v in param_group.items() if k not in pair}
-            given = (rest.get("lr"), rest.get("momentum"), *(param_group.get(k) for k in pair))
-            lr, momentum = _resolve(*given)
-            param_group = {**rest, "lr": lr, "momentum": momentum}
+        if isinstance(param_group, dict) and any(name in param_group for name in _PAIR):
+            param_group = _resolved(param_group)
         super().add_param_group(param_group)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        _resolve(group["lr"], group["momentum"], None, None)
+    def _check(self, options: dict[str, Any]) -> None:
+        agd(lr=options["lr"], momentum=options["momentum"])
 
     def _last(self, param: Tensor) -> Tensor:
-        """The last x; at the start x = y."""
+        """The last x; x = y before the first step."""
         state = self.state[param]
         if "x" not in state:
             state["x"] = param.clone(memory_format=torch.preserve_format)
@@ -110,12 +106,9 @@ class NesterovAGD(FirstOrder):
         torch._foreach_add_(params, moved, alpha=group["momentum"])
 
 
-def _resolve(
-    lr: float | Tensor | None,
-    momentum: float | None,
-    strong_convexity: float | None,
-    smoothness: float | None,
-) -> tuple[float | Tensor, float]:
-    if isinstance(lr, Tensor):
-        check_tensor_lr(lr)
-    return resolve_agd(lr, momentum, strong_convexity, smoothness)  # type: ignore[arg-type]
+def _resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with lr and momentum in place of the pair that determines them."""
+    rest = dict(options)
+    given = {name: rest.pop(name, None) for name in ("lr", "momentum", *_PAIR)}
+    lr, momentum = agd(**given).constants
+    return dict(rest, lr=lr, momentum=momentum)

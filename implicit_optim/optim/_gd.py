@@ -1,6 +1,4 @@
-"""Gradient descent as a ``torch.optim`` class, and what it shares with the accelerated one."""
-
-from __future__ import annotations
+"""Gradient descent as a ``torch.optim`` class, and what is common to all that use ``.grad`` alone."""
 
 import abc
 from collections.abc import Callable
@@ -8,38 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from implicit_optim._solver import check_lr, gd_update
+from implicit_optim._solver import gd_update
 from implicit_optim._torch import by_device_and_dtype, foreach_by_default
+from implicit_optim.optim._base import Checked
 
 
-class FirstOrder(Optimizer, abc.ABC):
-    """A rule that moves each parameter by its own ``.grad``: one at a time or all at once."""
+class PerParameter(Checked, abc.ABC):
+    """A rule that moves each parameter along its own ``.grad``, one by one or all at once."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            group.setdefault("foreach", None)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with options of its own where it names them.
-
-        Args:
-            param_group: ``{"params": ..., option: value, ...}``.
-
-        Raises:
-            TypeError: a parameter is complex.
-            ValueError: an option is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            self._check(self.param_groups[-1])
-            check_real(self, self.param_groups[-1]["params"])
-        except Exception:
-            del self.param_groups[-1]
-            raise
+    _later = dict(maximize=False, foreach=None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,28 +36,22 @@ class FirstOrder(Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
-            params, grads = [p for p, _ in pairs], [g for _, g in pairs]
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
                 raise RuntimeError(
                     f"{type(self).__name__} does not take sparse gradients: build the embedding "
                     "with sparse=False, or give its parameters to torch.optim.SparseAdam"
                 )
-            foreach = group["foreach"]
-            if foreach is None:
-                foreach = foreach_by_default(params)
+            foreach = foreach_by_default(params) if group["foreach"] is None else group["foreach"]
             if foreach and params:
                 for some, its_grads in by_device_and_dtype(params, grads):
                     slopes = torch._foreach_neg(its_grads) if group["maximize"] else its_grads
                     self._update_all(group, some, slopes)
             else:
-                for p, g in pairs:
+                for p, g in zip(params, grads, strict=True):
                     self._update(group, p, -g if group["maximize"] else g)
         return loss
-
-    @abc.abstractmethod
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if an option of the group is out of range."""
 
     @abc.abstractmethod
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
@@ -91,37 +62,21 @@ class FirstOrder(Optimizer, abc.ABC):
         """The same for lists of tensors of one device and dtype, in a few kernels."""
 
 
-def check_real(optimizer: Optimizer, params: list[Tensor]) -> None:
-    """Raise ``TypeError`` if a parameter is complex."""
-    if any(p.is_complex() for p in params):
-        raise TypeError(
-            f"{type(optimizer).__name__} does not take complex parameters: make "
-            "torch.view_as_real(p) the parameter and use torch.view_as_complex in the model"
-        )
-
-
-def check_tensor_lr(lr: float | Tensor) -> None:
-    """Raise ``ValueError`` if lr is not finite and > 0, or a tensor that is not 0-d."""
-    if isinstance(lr, Tensor) and lr.ndim != 0:
-        raise ValueError(f"Invalid lr of shape {tuple(lr.shape)}: a tensor lr must be 0-d")
-    check_lr(lr)
-
-
 def descend_all(params: Any, grads: Any, lr: float | Tensor) -> None:
-    """``param -= lr grad`` for lists; a tensor lr stays on its device."""
+    """``param -= lr grad`` for lists, without reading the number of a tensor lr."""
     if isinstance(lr, Tensor):
         torch._foreach_sub_(params, torch._foreach_mul(grads, lr.to(grads[0].device)))
     else:
         torch._foreach_add_(params, grads, alpha=-lr)
 
 
-class GD(FirstOrder):
+class GD(PerParameter):
     """Gradient descent.
 
     ``param <- param - lr grad``
 
     On a mu-strongly convex, L-smooth loss ``lr = 1/L`` contracts the distance to the minimiser by
-    ``1 - mu/L`` a step. The same steps as ``torch.optim.SGD`` without momentum.
+    ``1 - mu/L`` per step. These are the steps of ``torch.optim.SGD`` without momentum.
 
     Args:
         params: parameters, named parameters or parameter groups.
@@ -155,11 +110,7 @@ class GD(FirstOrder):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        check_tensor_lr(lr)
-        super().__init__(params, {"lr": lr, "maximize": maximize, "foreach": foreach})
-
-    def _check(self, group: dict[str, Any]) -> None:
-        check_tensor_lr(group["lr"])
+        super().__init__(params, dict(lr=lr, maximize=maximize, foreach=foreach))
 
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         param.copy_(gd_update(param, grad, group["lr"]))

@@ -1,21 +1,34 @@
 """Nonlinear conjugate gradients as a ``torch.optim`` class, with the closure of LBFGS."""
 
-from __future__ import annotations
-
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from implicit_optim._outcome import Status
-from implicit_optim._search import Line, Search, StrongWolfe
-from implicit_optim._solver import check_search, conjugate_direction, first_length
-from implicit_optim._vectors import Layout
-from implicit_optim.optim._gd import check_tensor_lr
-from implicit_optim.optim._joint import Closure, Joint, Move, Trials, scalar, write
+from implicit_optim._search import Search, StrongWolfe
+from implicit_optim._solver import Evaluation, NonlinearCgState, conjugate_step, move, nonlinear_cg
+from implicit_optim.optim._joint import Closure, ClosureLoss, Joint, Proposal
 
 _WOLFE = StrongWolfe(c2=0.1)
+
+
+class BackwardLoss(ClosureLoss):
+    """The loss of a closure that calls ``backward()`` itself."""
+
+    needs = "calls backward() and returns the loss"
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """See `ClosureLoss.gradient`; a search has no cheaper values, since a closure does all."""
+        with torch.enable_grad():
+            value = self.signed(self.closure()).detach()
+        if all(p.grad is None for p in self.params):
+            raise RuntimeError("the closure left no gradients: call loss.backward() in it")
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        grad = self.layout.ravel([g.to_dense() for g in pieces])
+        if self.options["maximize"]:
+            return -grad, value
+        # That of a single parameter is a view of its .grad, which the next call clears.
+        return grad.clone() if len(pieces) == 1 else grad, value
 
 
 class NonlinearCG(Joint):
@@ -25,28 +38,28 @@ class NonlinearCG(Joint):
     ``beta = max(0, grad . (grad - last grad) / ||last grad||^2)``
 
     The closure is that of ``torch.optim.LBFGS``: it clears the gradients, computes the loss, calls
-    ``backward()`` and returns the loss, of the same data each time it is called. It runs once at the
-    start of the step and once a trial of the search; ``.grad`` is what its last call left. A step
-    starts again from ``-grad`` where d does not descend, and after a step that was not possible. What
-    happened is in ``state`` of the first parameter:
+    ``backward()`` and returns the loss, of the same data in every call. It runs once at the start of the
+    step and once per trial of the search; ``.grad`` is what its last call left. The method restarts from
+    ``-grad`` where d is no descent direction, and after a step that was not possible. The ``state`` of
+    the first parameter tells what happened:
 
     - ``"n_iter"``: calls of ``step`` so far.
     - ``"grad_norm"``: norm of the gradient at the start of the step.
     - ``"step_length"``: the factor on d; 0 where the parameters were left as they were.
     - ``"status"``: a [`Status`][implicit_optim.Status] code, also as the property ``status``:
-      ``SUCCESS``, or ``LINE_SEARCH`` or ``NONFINITE`` where no step was possible.
-    - ``"grad"``, ``"direction"``, ``"decrease"``: what the next step needs of this one.
+      ``SUCCESS``, or ``NO_DESCENT`` or ``NONFINITE`` where no step was possible.
+    - ``"grad"``, ``"direction"``, ``"decrease"``: what the next step needs from this one.
 
     Args:
         params: parameters or named parameters, in a single group, of one dtype and device. Frozen
             ones are left out; those that the loss does not use stay where they are.
         lr: factor on the first step tried, > 0; a float or a 0-d tensor. A scheduler may change it.
-        line_search: how to choose t, in units of the step that promises what the last one did; the
-            first one is of length 1 at most. Default: strong Wolfe with a slope of 0.1 left over.
+        line_search: chooses t, as a multiple of the step that to first order lowers the loss as much as
+            the last one did; the first moves by 1 at most. Default: strong Wolfe with ``c2 = 0.1``.
         maximize: ascend instead: minimise minus the loss.
 
     Raises:
-        TypeError: a parameter is complex, or line_search is none.
+        TypeError: a parameter is complex, or line_search is no line search.
         ValueError: lr is out of range, or there is more than one group.
 
     Examples:
@@ -77,10 +90,8 @@ class NonlinearCG(Joint):
         line_search: Search = _WOLFE,
         maximize: bool = False,
     ) -> None:
-        check_tensor_lr(lr)
-        check_search(line_search)
-        self.line_search = line_search
-        super().__init__(params, {"lr": lr, "maximize": maximize})
+        self.line_search = nonlinear_cg(line_search=line_search).line_search  # which checks it
+        super().__init__(params, dict(lr=lr, maximize=maximize))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -97,48 +108,20 @@ class NonlinearCG(Joint):
             TypeError: it returned something else than a scalar tensor.
             ValueError: the parameters differ in dtype or device.
         """
-        if closure is None:
-            raise RuntimeError(
-                "NonlinearCG needs a closure that calls backward() and returns the loss: "
-                "opt.step(closure)"
-            )
-        params, layout = self._parameters()
+        return self._take_step(BackwardLoss(self, closure))
 
-        def grad_and_value(flat: Tensor) -> tuple[Tensor, Tensor]:
-            write(params, layout, flat)
-            return self._evaluate(closure, params, layout)
-
-        grad, value = self._evaluate(closure, params, layout)
-        trials = Trials(lambda flat: grad_and_value(flat)[1], grad_and_value)
-        propose = partial(self._propose, grad=grad, value=value, trials=trials)
-        return self._move(params, layout, grad, value, propose)
-
-    def _propose(self, start: Tensor, grad: Tensor, value: Tensor, trials: Trials) -> Move:
+    def _propose(self, start: Tensor, at: Evaluation, loss: ClosureLoss) -> Proposal:
         """Along the conjugate direction, as far as the line search says."""
-        state, lr = self._told(), self.param_groups[0]["lr"]
-        zero = torch.zeros_like(grad)
-        last_grad, last_direction = state.get("grad", zero), state.get("direction", zero)
-        if last_grad.shape != grad.shape:  # a parameter was frozen or thawed meanwhile
-            last_grad = last_direction = zero
-        direction, slope = conjugate_direction(grad, last_grad, last_direction)
-        scale = lr * first_length(grad, slope, state.get("decrease", torch.zeros_like(slope)))
-        line = Line.of(trials, start, scale * direction)
-        t, found = self.line_search.search(line, value, scale * slope)
-        if not found:
-            return Move(None, 0.0, Status.LINE_SEARCH)
-        length = t * scale
-        memory = {"grad": grad, "direction": direction, "decrease": length * slope}
-        return Move(start + t * line.direction, float(length), Status.SUCCESS, memory)
-
-    def _evaluate(
-        self, closure: Closure, params: list[Tensor], layout: Layout
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient and value of what is minimised, from one call of the closure."""
-        with torch.enable_grad():
-            loss = scalar(closure())
-        if all(p.grad is None for p in params):
-            raise RuntimeError("the closure left no gradients: call loss.backward() in it")
-        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        grad, value = layout.ravel([g.to_dense() for g in pieces]), loss.detach()
-        grad = grad.clone() if len(pieces) == 1 else grad  # a view of what the next call clears
-        return (-grad, -value) if self.param_groups[0]["maximize"] else (grad, value)
+        state, last = self._last_step(), NonlinearCgState.zero(start)
+        last = last._replace(decrease=state.get("decrease", last.decrease))
+        # Frozen or unfrozen parameters change the shapes: then there is nothing to be conjugate to.
+        if "grad" in state and state["grad"].shape == start.shape:
+            last = last._replace(grad=state["grad"], direction=state["direction"])
+        direction, slope, length = conjugate_step(at.grad, last)
+        scale = self.param_groups[0]["lr"] * length
+        moved = move(loss, start, at, scale * direction, scale * slope, self.line_search)
+        if not moved.found:
+            return Proposal(None, 0.0, Status.NO_DESCENT)
+        length = moved.length * scale
+        memory = dict(grad=at.grad, direction=direction, decrease=length * slope)
+        return Proposal(moved.end, float(length), Status.SUCCESS, memory)

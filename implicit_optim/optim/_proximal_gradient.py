@@ -1,25 +1,22 @@
 """Proximal gradient descent for an l1 norm as a ``torch.optim`` class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from implicit_optim._checks import check
 from implicit_optim._solver import proximal_update
-from implicit_optim.optim._gd import FirstOrder, check_tensor_lr, descend_all
+from implicit_optim.optim._gd import PerParameter, descend_all
 
 
-class ProximalGradient(FirstOrder):
-    """Gradient descent with soft thresholds: for the loss plus ``l1`` times the parameters' l1 norm.
+class ProximalGradient(PerParameter):
+    """Gradient descent with soft thresholds, for the loss plus ``l1`` times the parameters' l1 norm.
 
     ``param <- soft_threshold(param - lr grad, lr l1)``
 
-    The l1 norm is not in the loss: ``.grad`` is of the loss alone. Zeros are exact, and with
-    ``lr <= 1/L`` loss and norm together fall in every step. With ``l1 = 0`` it is
+    Leave the l1 norm out of the loss: ``.grad`` belongs to the loss alone. Zeros are exact, and with
+    ``lr <= 1/L`` the sum of loss and norm falls in every step. With ``l1 = 0`` this is
     [`GD`][implicit_optim.GD].
 
     Args:
@@ -46,6 +43,8 @@ class ProximalGradient(FirstOrder):
     Source: Beck & Teboulle 2009, section 2 (ISTA).
     """
 
+    _must = dict(PerParameter._must, l1="be finite and >= 0")
+
     def __init__(
         self,
         params: ParamsT,
@@ -55,12 +54,7 @@ class ProximalGradient(FirstOrder):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        check_tensor_lr(lr)
-        super().__init__(params, {"lr": lr, "l1": l1, "maximize": maximize, "foreach": foreach})
-
-    def _check(self, group: dict[str, Any]) -> None:
-        check_tensor_lr(group["lr"])
-        check("l1", group["l1"], "be finite and >= 0")
+        super().__init__(params, dict(lr=lr, l1=l1, maximize=maximize, foreach=foreach))
 
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         param.copy_(proximal_update(param, grad, group["lr"], group["l1"]))

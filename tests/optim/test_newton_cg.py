@@ -271,7 +271,7 @@ def test_no_step_found_restores_the_parameters_to_the_bit():
     opt.step(lambda: closure() * 1e3)
     assert calls == [True, False, False, False, False]
     assert torch.equal(x.detach(), before)
-    assert (opt.status, opt.state[x]["step_length"]) == (Status.LINE_SEARCH, 0.0)
+    assert (opt.status, opt.state[x]["step_length"]) == (Status.NO_DESCENT, 0.0)
 
 
 def test_an_error_in_a_trial_restores_the_parameters():

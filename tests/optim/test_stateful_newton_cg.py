@@ -229,7 +229,7 @@ class NewtonCGMachine(Machine):
             self.check_minimiser(got, lr * t)
 
         known = [status] if convex or status is not Status.SUCCESS else [*Status]
-        given_up = [Status.LINE_SEARCH] if 0.0 in lengths else []
+        given_up = [Status.NO_DESCENT] if 0.0 in lengths else []
         self.last = given_up if lengths == [0.0] else [*known, *given_up]
         assert state["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-11, abs=1e-11)
         self.put(got)  # the next step starts where the library stands

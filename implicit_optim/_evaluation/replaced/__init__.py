@@ -1,29 +1,17 @@
 """One table of torch's functions that are replaced while a model runs, and the mode that looks it up.
 
-Each entry says in one line of its file why it is there: torch is wrong, torch lacks it, or ours is
-faster. The unit is the function, not the layer's class: subclasses, hooks, functional use and patched
-methods all see their own code.
+Each entry says why it is there: torch is wrong, torch lacks it, or ours is faster. The unit is the
+function, not the layer's class: subclasses, hooks, functional use and patched methods all see their own
+code.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch.overrides import TorchFunctionMode
 
-from implicit_optim._evaluation.replaced import (
-    activations,
-    convolution,
-    embedding,
-    linear,
-    normalize,
-    norms,
-    recurrent,
-    requires_grad,
-    select_scatter,
-    weight_norm,
-)
+from implicit_optim._evaluation.replaced import convolution, embedding, formulas, norms, recurrent
+from implicit_optim._evaluation.replaced.table import TABLE
 from implicit_optim._evaluation.replaced.when import (
     along_cotangents,
     noting_leaves,
@@ -31,20 +19,6 @@ from implicit_optim._evaluation.replaced.when import (
     written_out,
 )
 
-__all__ = ["TABLE", "along_cotangents", "noting_leaves", "recording", "replaced", "written_out"]
-
-TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
-    **activations.ENTRIES,
-    **convolution.ENTRIES,
-    **embedding.ENTRIES,
-    **linear.ENTRIES,
-    **normalize.ENTRIES,
-    **norms.ENTRIES,
-    **recurrent.ENTRIES,
-    **select_scatter.ENTRIES,
-    **requires_grad.ENTRIES,
-    **weight_norm.ENTRIES,
-}
 Result = TypeVar("Result")
 
 

@@ -1,4 +1,6 @@
-"""Ours is faster: a convolution with a second derivative that is one convolution_backward.
+"""Convolutions and linear layers.
+
+Ours is faster: a convolution with a second derivative that is one convolution_backward.
 
 The map ``(x, W) -> y`` is bilinear, so what torch calls the backward of a convolution is, given other
 arguments, the backward of its backward. torch takes another way there, over convolutions with the
@@ -6,8 +8,6 @@ output as their kernel, and computes gradients of the data that nobody wants. Un
 groups of one call. Both functions are made of differentiable operations, so that any number of
 derivatives is right. And torch is wrong: under vmap a convolution does not see autocast.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from implicit_optim._evaluation.autograd import lead
 from implicit_optim._evaluation.precision import autocast_is_on
+from implicit_optim._evaluation.replaced.table import replaces
 from implicit_optim._evaluation.replaced.when import Way, fold, is_linear, unfold, way
 from implicit_optim._torch import is_batched
 
@@ -25,6 +26,23 @@ Geometry = tuple[Any, ...]
 _aten = torch.ops.aten
 
 
+@replaces(F.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """``x W^T + b`` under vmap: torch multiplies b by 1 and, which is wrong, does not see autocast."""
+    if bias is None or torch.compiler.is_compiling() or not is_batched(weight):
+        return NotImplemented
+    if autocast_is_on(input.device):
+        product = torch.matmul(input, weight.t())
+        return product + bias.to(product.dtype)
+    if input.ndim != 2 or way(weight) is not Way.OURS:
+        return NotImplemented
+    return torch.mm(input, weight.t()) + bias
+
+
+_TORCHS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+@replaces(*_TORCHS)
 def _convolution(
     input: Tensor,
     weight: Tensor,
@@ -48,10 +66,6 @@ def _convolution(
         return NotImplemented
     stride, padding, dilation = (_each_side(v, sides) for v in (stride, padding, dilation))
     return _Convolution.apply(x, w, bias, (stride, padding, dilation, False, (0,) * sides, groups))
-
-
-_TORCHS = (F.conv1d, F.conv2d, F.conv3d)
-ENTRIES = dict.fromkeys(_TORCHS, _convolution)
 
 
 def _each_side(value: Any, sides: int) -> tuple[int, ...]:

@@ -7,9 +7,6 @@ torch 2.14; of given statistics there are none. Ours is faster: a Hessian-vector
 first derivative, once more, and three passes.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,96 +14,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_optim._evaluation.autograd import lead
+from implicit_optim._evaluation.replaced.table import replaces_by_name
 from implicit_optim._evaluation.replaced.when import Way, fold, is_linear, note_leaf, unfold, way
 from implicit_optim._evaluation.running_stats import check_not_updated
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    """``F.batch_norm``."""
-    x, affine = input, (weight, bias)
-    check_not_updated(running_mean, training)
-    if running_mean is not None:
-        return _by_statistics(x, running_mean, running_var, *affine, eps)
-    if not training:
+@replaces_by_name(F.batch_norm)
+def batch_norm(f: Any) -> Any:
+    """``F.batch_norm`` of these arguments."""
+    check_not_updated(f.running_mean, f.training)
+    if f.running_mean is not None:
+        return _by_statistics(f)
+    x, weight, bias = f.input, f.weight, f.bias
+    if not f.training or x.ndim < 2 or x.numel() <= x.shape[1]:
         return NotImplemented
     how = way(x) if weight is None else way(x, weight)
-    mixed = weight is not None and weight.dtype != x.dtype
-    if how is Way.TORCH or mixed or x.ndim < 2 or x.numel() <= x.shape[1]:
+    if how is Way.TORCH or (weight is not None and weight.dtype != x.dtype):
         return NotImplemented
     if how is Way.OURS and weight is not None and bias is not None:
-        return _BatchNorm.apply(x, weight, bias, eps)[0]
-    return _affine(_normalised(x, eps, how), *affine)
+        return _BatchNorm.apply(x, weight, bias, f.eps)[0]
+    return _affine(_normalised(x, f.eps, how), weight, bias)
 
 
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    """``F.instance_norm``."""
-    x, affine = input, (weight, bias)
-    check_not_updated(running_mean, use_input_stats)
-    if running_mean is not None:
-        return _by_statistics(x, running_mean, running_var, *affine, eps)
-    how = _own_way(x)
+@replaces_by_name(F.instance_norm)
+def instance_norm(f: Any) -> Any:
+    """``F.instance_norm`` of these arguments."""
+    check_not_updated(f.running_mean, f.use_input_stats)
+    if f.running_mean is not None:
+        return _by_statistics(f)
+    x, how = f.input, _own_way(f.input)
     if how is Way.TORCH or x.ndim < 3 or x.shape[2:].numel() < 2:
         return NotImplemented
-    return _affine(_normalised(x.flatten(0, 1)[None], eps, how).reshape(x.shape), *affine)
+    y = _normalised(x.flatten(0, 1)[None], f.eps, how).reshape(x.shape)
+    return _affine(y, f.weight, f.bias)
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    """``F.layer_norm``."""
-    sides = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    how = _own_way(input)
-    if how is Way.TORCH or input.numel() == 0:
+@replaces_by_name(F.layer_norm)
+def layer_norm(f: Any) -> Any:
+    """``F.layer_norm`` of these arguments."""
+    x, how, sides = f.input, _own_way(f.input), len(f.normalized_shape)
+    odd = sides == 0 or tuple(x.shape[-sides:]) != tuple(f.normalized_shape)
+    if how is Way.TORCH or odd or x.numel() == 0:
         return NotImplemented
-    rows = input.reshape(1, -1, input.shape[-sides:].numel())
-    y = _normalised(rows, eps, how).reshape(input.shape)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    rows = x.reshape(1, -1, x.shape[-sides:].numel())
+    y = _normalised(rows, f.eps, how).reshape(x.shape)
+    y = y if f.weight is None else y * f.weight
+    return y if f.bias is None else y + f.bias
 
 
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    """``F.group_norm``."""
-    how = _own_way(input)
-    if how is Way.TORCH or input.numel() == 0 or input.shape[1] % num_groups:
+@replaces_by_name(F.group_norm)
+def group_norm(f: Any) -> Any:
+    """``F.group_norm`` of these arguments."""
+    x, how = f.input, _own_way(f.input)
+    if how is Way.TORCH or x.numel() == 0 or x.shape[1] % f.num_groups:
         return NotImplemented
-    rows = input.reshape(1, len(input) * num_groups, -1)
-    return _affine(_normalised(rows, eps, how).reshape(input.shape), weight, bias)
-
-
-ENTRIES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
-    F.layer_norm: layer_norm,
-    F.group_norm: group_norm,
-}
+    rows = x.reshape(1, len(x) * f.num_groups, -1)
+    return _affine(_normalised(rows, f.eps, how).reshape(x.shape), f.weight, f.bias)
 
 
 def _own_way(x: Tensor) -> Way:
@@ -124,12 +87,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + _along_channels(bias, x)
 
 
-def _by_statistics(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Tensor:
+def _by_statistics(f: Any) -> Tensor:
     """Normalisation by given statistics, differentiable in them, which torch's is not."""
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return x * _along_channels(scale, x) + _along_channels(shift, x)
+    scale = (f.running_var + f.eps).rsqrt()
+    scale = scale if f.weight is None else scale * f.weight
+    moved = f.running_mean * scale
+    return _affine(f.input, scale, -moved if f.bias is None else f.bias - moved)
 
 
 def _normalised(x: Tensor, eps: float, how: Way) -> Tensor:

@@ -3,9 +3,6 @@
 Recurrent layers and attention. Under vmap the fused ones have no batching rule either.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from implicit_optim._evaluation.kernels import plain_attention, unfused
+from implicit_optim._evaluation.replaced.table import TABLE
 from implicit_optim._evaluation.replaced.when import Way, way
 from implicit_optim._torch import is_batched
 
 
-def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
+def _unfused(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **settings: Any) -> Any:
         with unfused:
             return function(*args, **settings)
@@ -26,8 +23,7 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _attention(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(query: Any, *args: Any, **settings: Any) -> Any:
         fused = way(query) is Way.TORCH and not is_batched(query)
         if fused or torch.compiler.is_compiling():
@@ -38,9 +34,6 @@ def _attention(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-ENTRIES: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{f: _attention(f) for f in _ATTENTION},
-    **{f: _recurrent(f) for f in _RECURRENT},
-}
+_ATTENTION: Any = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+_RECURRENT: Any = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+TABLE.update({f: _plain(f) for f in _ATTENTION} | {f: _unfused(f) for f in _RECURRENT})

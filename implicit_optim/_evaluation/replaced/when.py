@@ -1,6 +1,10 @@
-"""When a replacement takes which of its forms, and what tasks folded into channels look like."""
+"""When a replacement takes which of its forms, and what tasks folded into channels look like.
 
-from __future__ import annotations
+Its own entries are about tensors that require grad. torch is wrong: under vmap none seems to, so that
+hooks on it are left out (told the truth, a model goes on to register its hook, which vmap refuses
+aloud). And torch lacks it: nothing tells the leaves that a model makes for derivatives of its own from
+those that it got from elsewhere.
+"""
 
 import contextlib
 import enum
@@ -11,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_optim._torch import in_nothing_but_vmap, is_batched
+from implicit_optim._evaluation.replaced.table import replaces
+from implicit_optim._torch import in_nothing_but_vmap, is_batched, unbatched
 
 _LOCAL = threading.local()
 
@@ -57,6 +62,16 @@ def noting_leaves() -> Iterator[list[Tensor]]:
         _LOCAL.leaves = before
 
 
+_attribute: Any = Tensor.requires_grad
+
+
+@replaces(_attribute.__get__)
+def requires_grad(x: Tensor) -> bool:
+    """``x.requires_grad`` of what ``vmap`` wraps."""
+    return unbatched(x).requires_grad
+
+
+@replaces(_attribute.__set__, Tensor.requires_grad_)
 def note_leaf(x: Tensor, *args: Any, **settings: Any) -> Any:
     """``x.requires_grad_()`` and its like."""
     leaves = getattr(_LOCAL, "leaves", None)
