@@ -1,8 +1,8 @@
-"""What to do about errors of torch's that its words do not tell."""
+"""What to do about errors of torch whose messages do not say."""
 
 
 def explained(error: RuntimeError) -> RuntimeError | None:
-    """The error with what to do in front of it, ``None`` for one that is not known."""
+    """The error with advice in front of it, or ``None`` if there is none."""
     for symptom, hint in _HINTS.items():
         if symptom in str(error):
             return RuntimeError(f"{hint}\n(torch: {error})")

@@ -1,4 +1,4 @@
-"""Settings of torch's for its kernels that are in force while a function runs that needs them."""
+"""Which of torch's kernels are used while a function runs that needs a second derivative."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ _SETTING = threading.RLock()
 
 
 class _AsLongAsInside:
-    """A setting of torch's for the process that is in force as long as anyone is inside, in any thread.
+    """A process-wide setting of torch, in force while any thread is inside.
 
-    torch's own context managers belong to one thread (a token of ``sdpa_kernel`` cannot be given back
-    in another) and write settings beside those asked for (``backends.mkldnn.flags``).
+    torch's own context managers belong to one thread (a ``sdpa_kernel`` entered in one cannot be left in
+    another) and also write settings that nobody asked for (``backends.mkldnn.flags``).
 
     Args:
-        enforce: puts it in force, and returns what takes it back.
+        enforce: applies the setting and returns a function that restores the previous one.
     """
 
     def __init__(self, enforce: Callable[[], Callable[[], Any]]) -> None:
@@ -38,7 +38,7 @@ class _AsLongAsInside:
 
 
 def _switches(*switches: tuple[Callable[[], bool], Callable[[bool], Any], bool]) -> _AsLongAsInside:
-    """Switches of torch's for its kernels: how each is read, how it is set, and to what."""
+    """Several switches at once: how each is read, how it is set, and to what."""
 
     def enforce() -> Callable[[], Any]:
         before = [is_on() for is_on, _, _ in switches]
@@ -68,5 +68,5 @@ plain_attention = _switches(
 )
 # Fused recurrent kernels have none either; those that torch composes have.
 unfused = _switches(*_off(torch.backends.cudnn), *_off(torch.backends.mkldnn))
-# Compiled code has no second derivative: what the user compiled runs as it was written.
+# Compiled code has no second derivative, so compiled parts of a model run eagerly.
 uncompiled = _AsLongAsInside(_uncompiled)

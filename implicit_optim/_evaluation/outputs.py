@@ -1,4 +1,4 @@
-"""What a model returns, as a tree of tensors."""
+"""The outputs of a model as a pytree of tensors."""
 
 from typing import Any
 

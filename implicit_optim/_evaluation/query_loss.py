@@ -1,4 +1,4 @@
-"""Query losses whose gradient is taken with them: one graph at a time instead of all tasks' at once."""
+"""Query losses with their gradients, chunk by chunk: one graph in memory instead of all of them."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -26,11 +26,11 @@ def of_tasks(one: OfTask, phi: Any, data: tuple[Any, ...], evaluator: Evaluator)
 def query_losses(
     loss: OfTask, phi: Any, data: tuple[Any, ...], evaluator: Evaluator
 ) -> Float[Tensor, " T"]:
-    """Loss of every task at adapted parameters, of which the gradient will be asked for.
+    """Loss of every task at its adapted parameters, to be differentiated later.
 
-    Where the tasks are gone through in chunks, the gradient of a chunk is taken with its losses: the
-    next one finds its memory free, and chunks that are solved in threads are differentiated in threads.
-    Elsewhere, and where the data want a gradient, autograd records all.
+    If the tasks are evaluated in chunks, each chunk's gradient is computed together with its losses,
+    which frees the chunk's graph and lets threads share the work. Otherwise, or if the data require
+    grad, autograd records everything.
 
     Args:
         loss: of one task, a scalar.

@@ -1,7 +1,7 @@
-"""Random numbers: drawn from a seed for one evaluation, or not drawn at all.
+"""Random numbers: each evaluation draws from one seed, or drawing is an error.
 
-torch's generators belong to the whole process: whoever changes them for a moment holds a lock, so that
-solves in several threads do not see each other's.
+torch's generators are process-wide, so changing one for a moment takes a lock: solves in several
+threads do not disturb each other.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ import torch
 from implicit_optim._torch import outside_transforms
 
 _DRAWING = threading.RLock()
-# torch reads a generator with its mutex locked and may collect garbage meanwhile, which lets go of the
-# GIL: a second reader then waits for the mutex with the GIL, the first for the GIL with the mutex.
+# torch reads a generator while holding its mutex and may run garbage collection, which releases the
+# GIL: a second reader then holds the GIL and waits for the mutex, the first for the GIL. A deadlock.
 _READING = threading.RLock()
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator, drawn while no evaluation of another thread has it."""
+    """A seed from torch's default generator, drawn while no other thread has changed it."""
     with _DRAWING:
         return int(torch.randint(2**62, (), device="cpu"))
 
 
 @contextlib.contextmanager
 def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from this seed, and leave the generators as they were."""
+    """Draw from this seed, then restore the generators."""
     with _DRAWING:
         before = states(device)
         for generator in _generators(device):
@@ -41,7 +41,7 @@ def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def states(device: torch.device) -> list[torch.Tensor]:
-    """The states of the generators that a model there may draw from; no part of any transform."""
+    """The states of the generators that a model on this device may draw from."""
     with _READING, outside_transforms():
         return [generator.get_state() for generator in _generators(device)]
 
@@ -49,7 +49,7 @@ def states(device: torch.device) -> list[torch.Tensor]:
 def drew(
     before: list[torch.Tensor], device: torch.device, *, again: Callable[[], Any] | None = None
 ) -> bool:
-    """Whether numbers were drawn since; by what is called ``again``, and not by another thread."""
+    """Whether numbers were drawn since ``before``. Running ``again`` rules out another thread."""
     after = states(device)
     with outside_transforms():
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

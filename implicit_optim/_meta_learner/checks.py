@@ -1,4 +1,4 @@
-"""What a learner is given: kinds of arguments, shapes of episodes, a loss that reaches the model."""
+"""Checks of what a learner is given: types, shapes of episodes, a loss that uses the model."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ Episode = tuple[Any, ...]
 
 
 def count_tasks(name: str, episode: Episode) -> int:
-    """The tasks T that the tensors of an episode lead with; raise ``ValueError`` if they do not."""
+    """The number of tasks T with which every tensor of an episode leads, or a ``ValueError``."""
     if not isinstance(episode, (tuple, list)) or len(episode) < 2:
         raise ValueError(f"{name} must be a tuple (x [T, N, ...], y [T, N, ...])")
     tensors = [t for t in pytree.tree_leaves(episode) if isinstance(t, Tensor)]
@@ -48,7 +48,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 
 def check_kinds(**given: Any) -> None:
-    """Raise ``TypeError`` where one of a learner's arguments is of another kind."""
+    """Raise ``TypeError`` if one of a learner's arguments has the wrong type."""
     for name, value in given.items():
         kind, what = _KINDS[name]
         if not isinstance(value, kind):
@@ -71,7 +71,7 @@ def check_reached(solution: Solution, anchor: Callable[[], dict[str, Tensor]]) -
 
 @contextlib.contextmanager
 def foreign_tensors_named(learner: nn.Module) -> Iterator[None]:
-    """`Foreign` tensors are called by the attribute in which they are found."""
+    """Name the attribute that holds a `Foreign` tensor in the error message."""
     try:
         yield
     except Foreign as error:

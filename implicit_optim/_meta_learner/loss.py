@@ -1,6 +1,6 @@
 """A learner's loss: a function, or a module whose parameters are meta-parameters that do not adapt.
 
-They travel beside the target, as data that every task carries: as such they get their whole gradient,
+They are passed beside the target as data of every task, so that they receive their whole gradient, both
 directly and through phi.
 """
 

@@ -1,7 +1,7 @@
 """The inner problem: one task's objective, summed over a batch of tasks.
 
-``vmap`` goes around the *value* only, since torch's second derivatives outside ``vmap(grad(F))`` are
-wrong without a word; all above differentiates the *sum* over the tasks, whose Hessian is block-diagonal.
+``vmap`` is applied to the *value* only, because torch's second derivatives of ``vmap(grad(F))`` are
+silently wrong; everything else differentiates the *sum* over the tasks, whose Hessian is block-diagonal.
 """
 
 from __future__ import annotations

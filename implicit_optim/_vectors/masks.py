@@ -1,4 +1,4 @@
-"""Masks over a batch of tasks: what may be looked at, early exits, one value or the other."""
+"""Masks over a batch of tasks: which may be read, early exits, selection."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from implicit_optim._torch import is_batched
 def none_running(running: Tensor) -> bool:
     """Whether a loop over a batch of tasks may stop early.
 
-    Looking costs one host synchronisation. Where the answer cannot be known (under ``vmap``, on the
-    ``meta`` device, while compiling) it is "no", and the loop runs to its end behind masks.
+    Reading the mask costs one host synchronisation. If it cannot be read (under ``vmap``, on the
+    ``meta`` device, while compiling), the answer is "no" and the loop runs to its end behind masks.
 
     Args:
         running: bool ``[*batch]``.
@@ -24,7 +24,7 @@ def none_running(running: Tensor) -> bool:
 
 
 def is_readable(mask: Tensor) -> bool:
-    """Whether a mask has numbers that a host can look at."""
+    """Whether the host can read the mask."""
     compiling = torch.compiler.is_compiling()
     return not (compiling or mask.device.type == "meta" or is_batched(mask))
 
@@ -32,13 +32,13 @@ def is_readable(mask: Tensor) -> bool:
 def where(mask: Tensor, new: Tensor | float, old: Tensor) -> Tensor:
     """``new`` for the tasks in ``mask [*batch]``, ``old`` for the others, over trailing dimensions.
 
-    On a CPU, where looking is cheap, a mask that is all false or all true costs no pass over them.
+    On a CPU, where reading the mask is free, one that is all false or all true copies nothing.
     """
     return selector(mask)(new, old)
 
 
 def selector(mask: Tensor) -> Callable[[Tensor | float, Tensor], Tensor]:
-    """`where` with this mask, for several pairs: it is looked at once."""
+    """`where` with this mask, for several pairs; the mask is read once."""
     every = none = False
     if is_free_to_read(mask):
         every = bool(mask.all())
@@ -55,10 +55,10 @@ def selector(mask: Tensor) -> Callable[[Tensor | float, Tensor], Tensor]:
 
 
 def is_free_to_read(x: Tensor) -> bool:
-    """Whether a host can look at the numbers of ``x``, and looking costs nothing."""
+    """Whether the host can read ``x`` without a synchronisation."""
     return x.device.type == "cpu" and is_readable(x)
 
 
 def none_running_if_free(mask: Tensor) -> bool:
-    """Whether the mask is known to be false for every task, where looking costs nothing."""
+    """Whether the mask is false for every task, as far as the host can tell for free."""
     return is_free_to_read(mask) and not bool(mask.any())

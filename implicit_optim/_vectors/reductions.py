@@ -1,8 +1,8 @@
 """What solvers ask of vectors ``[*batch, n]`` beside elementwise operations and linear combinations.
 
-Everything that sums over the n numbers of a vector stands here. Where the vectors are sharded over
-processes (``DTensor``) each process sums its own numbers, and the sums, a number per task, are brought
-together here, once, instead of at each of their uses.
+Every sum over the n numbers of a vector is here. If the vectors are sharded over processes
+(``DTensor``), each process sums its own numbers and the sums, one number per task, are gathered here
+once instead of at each use.
 """
 
 import math
