@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from transforms.cases import FIRST, SECOND, case
 
+CLOSE = {"eps": 1e-5, "atol": 1e-8, "rtol": 1e-8}
 # The second derivative of torch 2.13's group norm mixes up the shapes in a batch of gradients
 # (`is_grads_batched`, the older vmap); torch 2.15's is right, and so is what stands in for it while a
 # model runs, on both.
@@ -23,9 +24,7 @@ def test_gradcheck(name):
     assert gradcheck(
         plane.solved,
         plane.origin.requires_grad_(),
-        eps=1e-5,
-        atol=1e-8,
-        rtol=1e-8,
+        **CLOSE,
         check_forward_ad=True,
         check_batched_grad=True,
     )
@@ -49,9 +48,7 @@ def test_gradgradcheck(name):
     assert gradgradcheck(
         plane.solved,
         plane.origin.requires_grad_(),
-        eps=1e-5,
-        atol=1e-8,
-        rtol=1e-8,
+        **CLOSE,
         check_fwd_over_rev=True,
         fast_mode=True,
     )
