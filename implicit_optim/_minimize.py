@@ -101,12 +101,11 @@ def solve(problem: InnerProblem, init: Float[Tensor, "*batch n"], solver: Solver
     def part(problem: InnerProblem, tasks: slice | int) -> Solution:
         start = init[tasks].clone()  # because a task that takes no step must not return init itself
 
-        def solve(evaluator: Evaluator) -> Solution:
+        def once(evaluator: Evaluator) -> Solution:
             return run(replace(problem, evaluator=evaluator), start, solver)
 
-        return add_task_dim(
-            problem.evaluator.entered_once(solve, batched=bool(problem.shared)), tasks
-        )
+        solution = problem.evaluator.entered_once(once, batched=bool(problem.shared))
+        return add_task_dim(solution, tasks)
 
     with torch.no_grad(), full_precision(init.device):
         return concatenate(problem.parts(part, init.shape[0]))
@@ -183,9 +182,7 @@ def _run_masked(problem: InnerProblem, phi: Tensor, solver: Solver, graph_from: 
             if k == solver.max_steps or may_end:
                 tasks.stop(~(now < math.inf), Status.NONFINITE)
                 break
-        if (
-            solver.uses_value
-        ):  # a task that has stopped asks for no direction and no trial of a search
+        if solver.uses_value:  # a task that has stopped asks for no direction and no trial
             at = at._replace(grad=where(~tasks.running, 0.0, at.grad))
         with _recorded(k >= graph_from):
             proposal, state, found = solver.step(problem, phi, at, state)
@@ -221,7 +218,7 @@ class _Tasks:
         if at is not None and at.point is not None:
             phi = where(largest(at.point) < math.inf, at.point, phi)
         stats = {"steps": steps, "grad_norm": last, "initial_grad_norm": first}
-        return Solution(phi, self.status.to(torch.int8), stats)
+        return Solution(phi, self.status, stats)
 
 
 def _opened(problem: InnerProblem) -> InnerProblem:

@@ -412,3 +412,20 @@ def test_accelerate_in_half_precision(rule):
     finally:
         accelerate.state.AcceleratorState._reset_state(True)
         accelerate.state.GradientState._reset_state()
+
+
+def test_an_error_before_a_call_lets_go_of_the_model():
+    """A parameter that went away after the objective was made: other threads must not wait for it."""
+    model = nn.Linear(2, 1)
+    meta = iopt.MetaLearner(model, F.mse_loss, solver=iopt.gd(lr=0.1, max_steps=1))
+    predict, phi = meta.objective.predict, {k: p.detach() for k, p in model.named_parameters()}
+    weight = model.weight
+    del model.weight
+    with pytest.raises(KeyError, match="weight"):
+        predict(phi, torch.ones(1, 2))
+    model.weight = weight
+    anchors = []
+    thread = threading.Thread(target=lambda: anchors.append(meta.anchor()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert [list(anchor) for anchor in anchors] == [["weight", "bias"]]

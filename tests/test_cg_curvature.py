@@ -170,3 +170,13 @@ def test_the_first_order_direction_of_a_vector_lam():
     b = problem.flat()
     x = linear_solve(Hessian(problem.bind(), b), b, CG(max_steps=0)).value
     assert torch.equal(x, b / problem.theta[1])
+
+
+def test_negative_curvature_is_told_where_the_residual_is_within_rounding_of_the_target():
+    """One step leaves 0.202 of b; the second meets negative curvature, at a target 0.5 % below."""
+    A, b = torch.diag(torch.tensor([1.0, -1.0], dtype=F64)), torch.tensor([1.0, 0.1], dtype=F64)
+    alpha = (b @ b) / (b @ A @ b)
+    left = float((b - alpha * A @ b).norm() / b.norm())
+    solution = linear_solve(Dense(A), b, CG(rtol=left / 1.005))
+    torch.testing.assert_close(solution.value, alpha * b)
+    assert Status(solution.status.item()) is Status.NEGATIVE_CURVATURE

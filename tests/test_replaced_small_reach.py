@@ -113,6 +113,7 @@ def test_norms_leave_what_torch_refuses_to_torch():
     x = torch.randn(2, 3, 4)
     wrong = [
         (lambda: F.layer_norm(x, (5,)), RuntimeError, r"Given normalized_shape=\[5\]"),
+        (lambda: F.layer_norm(x, 4), TypeError, "must be tuple of ints"),
         (lambda: F.layer_norm(x, ()), RuntimeError, "at least 1-dimensional"),
         (lambda: F.group_norm(x, 2), RuntimeError, "divisible by num_groups"),
         (lambda: F.batch_norm(x, None, None, epsilon=1.0), TypeError, "epsilon"),

@@ -96,14 +96,15 @@ class AsFunction:
         keywords: Any,
         seen: Any,
     ) -> Any:
-        buffers, before = places.put(state)
-        try:
-            if self.by_batch is None:
-                return places.model(*inputs, **keywords)
-            with Policy(self.by_batch, buffers, seen):
-                return places.model(*inputs, **keywords)
-        finally:
-            places.put_back(before)
+        with places.locks, places.eagerly:
+            buffers, before = places.put(state)
+            try:
+                if self.by_batch is None:
+                    return places.model(*inputs, **keywords)
+                with Policy(self.by_batch, buffers, seen):
+                    return places.model(*inputs, **keywords)
+            finally:
+                places.put_back(before)
 
 
 class _Places:
@@ -116,15 +117,14 @@ class _Places:
         attributes: tensors elsewhere in a module's attributes, which hooks (weight norm) and recurrent
             layers make anew from the parameters in each call.
         packed: names of weights in the format ``channels_last``, which a task's have too.
-        compiled: whether some part is compiled.
         locks: held by whoever has other tensors in these places.
+        eagerly: in which compiled parts run eagerly, if there are some.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.slots: list[tuple[dict[str, Any], str, str, bool, Tensor]] = []
         self.attributes: list[tuple[dict[str, Any], str]] = []
-        self.compiled = False
         named = list(model.named_modules())
         names: dict[int, str] = {}  # a tied tensor has the first of its names
         self.locks = _Locks(module for _, module in named)
@@ -137,12 +137,13 @@ class _Places:
                             name = names.setdefault(id(t), prefix + key)
                             self.slots.append((place, key, name, is_buffer, t))
                 self.attributes += [(vars(module), key) for key in made_in_forward(module)]
-                self.compiled = self.compiled or is_compiled(module)
+        compiled = any(is_compiled(module) for _, module in named)
+        self.eagerly: Any = uncompiled if compiled else contextlib.nullcontext()
         self.names = frozenset(names.values())
         self.packed = {name for _, _, name, _, t in self.slots if _is_packed(t)}
 
     def put(self, state: dict[str, Tensor]) -> tuple[dict[int, str], tuple[list[Any], list[Any]]]:
-        """Put the tensors in their places, which nobody else sees until they are put back.
+        """Put the tensors in their places, under the locks.
 
         Returns:
             The names of the buffers by their identity, and what stood there before: a backward pass may
@@ -155,9 +156,6 @@ class _Places:
             )
         if self.packed:
             state = {name: _pack(t) if name in self.packed else t for name, t in state.items()}
-        self.locks.__enter__()
-        if self.compiled:
-            uncompiled.__enter__()
         made = [attributes.get(key) for attributes, key in self.attributes]
         before = [place[key] for place, key, *_ in self.slots], made
         buffers: dict[int, str] = {}
@@ -179,9 +177,6 @@ class _Places:
             place[key] = was
         for (attributes, key), was in zip(self.attributes, before[1], strict=True):
             attributes[key] = was
-        if self.compiled:
-            uncompiled.__exit__()
-        self.locks.__exit__()
 
 
 class _Locks:

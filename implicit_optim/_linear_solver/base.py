@@ -163,7 +163,8 @@ class KrylovState:
         unsolved = (steps == 0) & (self.rhs_norm > self.target)
         x = where(unsolved, self.first_order, x) * self.scale.unsqueeze(-1)
         x = where(nonfinite, math.nan, x)
-        self.mark(~missed, Status.SUCCESS)
+        solved = ~missed & (self.status != Status.NEGATIVE_CURVATURE.value)  # which is told always
+        self.mark(solved, Status.SUCCESS)
         self.mark(nonfinite, Status.NONFINITE)
         norms = self.scale * self.residual_norm, self.scale * self.rhs_norm
         stats = dict(zip(Iterative.stats_names, (steps, *norms), strict=True))

@@ -23,9 +23,9 @@ _NUMBERS = (Tensor, int, float)
 class Operator(abc.ABC):
     """A linear map per task, ``[*batch, n] -> [*batch, n]``; symmetric unless it says otherwise.
 
-    By [`tensors`][implicit_optim.Operator.tensors] and ``with_tensors`` a
-    [`linear_solve`][implicit_optim.linear_solve] differentiates and batches through what a subclass is
-    built from. ``A + 0.5``, ``2 * A``, ``A + B``, ``A - B`` and ``A @ B`` are operators too.
+    A [`linear_solve`][implicit_optim.linear_solve] differentiates and batches through what ``tensors``
+    and ``with_tensors`` of a subclass tell. ``A + 0.5``, ``2 * A``, ``A + B``, ``A - B`` and ``A @ B``
+    are operators too.
 
     Examples:
         >>> import torch, implicit_optim as iopt
@@ -70,9 +70,9 @@ class Operator(abc.ABC):
         """The same operator over other tensors; over ``None``, a template for later tensors."""
 
     def add_batch(self, own: Leaves, common: Leaves, *, shared: bool) -> Operator:
-        """With one more batch dimension in front; ``shared``: not in ``common``.
+        """With one more batch dimension in front of ``own`` and, unless ``shared``, of ``common``.
 
-        The default is right where there are no shared tensors.
+        Default: right where ``common`` is empty.
         """
         return self.with_tensors(own, common)
 
@@ -85,10 +85,7 @@ class Operator(abc.ABC):
         return None
 
     def parts(self, solve: Callable[[Operator, slice | int], Any]) -> list[Any]:
-        """``solve(part, place)`` for parts of the tasks in turn. Default: for all tasks at once.
-
-        The place is a slice, or the index of a single task, whose part lacks the batch dimension.
-        """
+        """``solve(part, place)`` for parts of the tasks, see `InnerProblem.parts`. Default: for all."""
         return [solve(self, slice(None))]
 
     def precondition(self, r: Vector) -> Vector:
@@ -231,6 +228,10 @@ class Product(_Pair):
     def transpose(self) -> Operator:
         """``B^T A^T``."""
         return Product(self.right.transpose(), self.left.transpose())
+
+    def linearize(self) -> Linearized:
+        """Linearise both; a product is the curvature of no objective."""
+        return replace(super().linearize(), gradient=None, value=None)
 
     def _product(self, A: Map, B: Map, x: Tensor) -> Tensor:
         return A(B(x))

@@ -151,9 +151,8 @@ def concatenate(parts: Sequence[Solution]) -> Solution:
 
 
 def _joined(*pieces: Tensor) -> Tensor:
-    if (
-        len({piece.shape[1:] for piece in pieces}) > 1
-    ):  # `lanczos`: CG took fewer steps in some parts
+    # Only `lanczos` differs in shape: CG took fewer steps in some parts.
+    if len({piece.shape[1:] for piece in pieces}) > 1:
         longest, pad = max(t.shape[-2] for t in pieces), torch.nn.functional.pad
         pieces = tuple(pad(t, (0, 0, 0, longest - t.shape[-2]), value=math.nan) for t in pieces)
     return torch.cat(pieces)

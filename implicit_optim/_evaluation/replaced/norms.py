@@ -7,6 +7,7 @@ torch 2.14; of given statistics there are none. Ours is faster: a Hessian-vector
 first derivative, once more, and three passes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -52,11 +53,11 @@ def instance_norm(f: Any) -> Any:
 @replaces_by_name(F.layer_norm)
 def layer_norm(f: Any) -> Any:
     """``F.layer_norm`` of these arguments."""
-    x, how, sides = f.input, _own_way(f.input), len(f.normalized_shape)
-    odd = sides == 0 or tuple(x.shape[-sides:]) != tuple(f.normalized_shape)
+    x, how, shape = f.input, _own_way(f.input), f.normalized_shape
+    odd = isinstance(shape, int) or not shape or x.shape[-len(shape) :] != tuple(shape)
     if how is Way.TORCH or odd or x.numel() == 0:
         return NotImplemented
-    rows = x.reshape(1, -1, x.shape[-sides:].numel())
+    rows = x.reshape(1, -1, math.prod(shape))
     y = _normalised(rows, f.eps, how).reshape(x.shape)
     y = y if f.weight is None else y * f.weight
     return y if f.bias is None else y + f.bias
